@@ -1,0 +1,518 @@
+"""Sound, from files and from formulas.
+
+Three sources of unlabelled clips for pre-training, each with `len` (clips in an epoch) and
+`clip(i, rng)` (an int16 waveform at 16 kHz): `Synth`, `Packed`, `Folder`; `open_source` picks one.
+Labelled sets for fine-tuning are `Labelled`: `synth`, `esc50`, `esc10`. `batches` serves either.
+
+    python datasets.py pack FOLDER OUT      decode a folder of recordings once, for fast training
+    python datasets.py synth OUT            write some synthetic clips as .wav, to listen to
+"""
+import argparse
+import csv
+import functools
+import json
+import multiprocessing
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from tqdm import tqdm
+
+from frontend import SAMPLE_RATE, resample
+
+AUDIO = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".w64", ".caf")
+
+
+class InputError(Exception):
+    """Something the user gave can't be used. The message names it and the remedy, in one line."""
+
+
+# ------------------------------------------------------------------------------ reading recordings
+
+
+def read_audio(path, start=0.0, seconds=None):
+    """Decode a recording, or `seconds` of it from `start` on: mono float32 (S,) at 16 kHz.
+
+    Channels are averaged. Raises InputError for what is missing, no audio, empty, cut off (as far
+    as the format tells) or not finite.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        with soundfile.SoundFile(path) as file:
+            rate, frames = file.samplerate, file.frames
+            file.seek(min(int(start * rate), frames))
+            wanted = frames - file.tell()
+            wanted = wanted if seconds is None else min(wanted, int(seconds * rate))
+            samples = file.read(wanted, dtype="float32", always_2d=True)
+            # What libsndfile notes in its log when a WAV header promises more than there is.
+            cut_off = len(samples) < wanted or "data" in file.extra_info and any(
+                "should be" in line for line in file.extra_info.splitlines() if line[:4] == "data")
+    except soundfile.LibsndfileError as error:
+        raise InputError(f"{path}: not readable as audio ({error.error_string})") from None
+    if frames == 0 or len(samples) == 0:
+        raise InputError(f"{path}: no sound in it (0 samples)")
+    if cut_off:
+        raise InputError(f"{path}: cut off before its end; get it again")
+    if not np.isfinite(samples).all():
+        raise InputError(f"{path}: holds values that are not finite (NaN or infinite)")
+    return resample(torch.from_numpy(samples.mean(axis=1)), rate, SAMPLE_RATE).numpy()
+
+
+def to_int16(waveform):
+    """Waveform in [-1, 1] to int16; what is louder is clipped."""
+    return np.clip(np.round(waveform * 32768), -32768, 32767).astype(np.int16)
+
+
+def audio_files(folder):
+    """All recordings below a folder, sorted, as paths. Raises InputError where there are none."""
+    if not Path(folder).is_dir():
+        raise InputError(f"{folder}: no such folder")
+    files = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in AUDIO)
+    if not files:
+        raise InputError(f"{folder}: no recordings in it ({' '.join(AUDIO)})")
+    return files
+
+
+# ------------------------------------------------------------------- packing recordings for training
+
+INDEX = np.dtype([("shard", np.int32), ("start", np.int64), ("length", np.int64)])   # in samples
+
+
+def _decode(path):
+    """Worker of `pack`: int16 waveform, or the reason why there is none."""
+    try:
+        waveform = to_int16(read_audio(path))
+    except InputError as error:
+        return str(error).removeprefix(f"{path}: ")
+    return waveform if waveform.any() else "digital silence"
+
+
+def pack(folder, out, shard_hours=5.0, workers=None):
+    """Decode all recordings below `folder` into int16 shards that training can map into memory.
+
+    Writes in `out`: `shard_00000.int16` and on, plain samples end to end; `index.npy`, where in
+    which shard each recording lies; `names.txt`, a line each; `skipped.txt`, each file left out and
+    why. The index comes last, so that a folder with an index is whole. Returns (kept, skipped).
+    """
+    out = Path(out)
+    if (out / "index.npy").exists():
+        raise InputError(f"{out}: holds packed audio already; delete it or name another folder")
+    files = audio_files(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    limit = int(shard_hours * 3600 * SAMPLE_RATE)
+    index, names, skipped, shard, position = [], [], [], -1, limit
+    file = None
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        decoded = pool.imap(_decode, files, chunksize=4)
+        for path, waveform in zip(files, tqdm(decoded, "pack", len(files), unit=" files")):
+            name = str(path.relative_to(folder))
+            if isinstance(waveform, str):
+                skipped.append(f"{name}: {waveform}")
+                continue
+            if position >= limit:
+                shard, position = shard + 1, 0
+                file = file and file.close() or open(out / f"shard_{shard:05}.int16", "wb")
+            file.write(waveform.astype("<i2").tobytes())
+            index.append((shard, position, len(waveform)))
+            names.append(name)
+            position += len(waveform)
+    if not index:
+        raise InputError(f"{folder}: none of the {len(files)} files is usable: {skipped[0]}, ...")
+    file.close()
+    (out / "names.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+    (out / "skipped.txt").write_text("".join(f"{line}\n" for line in skipped), encoding="utf-8")
+    np.save(out / "index.part.npy", np.array(index, INDEX))
+    os.replace(out / "index.part.npy", out / "index.npy")
+    return len(index), skipped
+
+
+@functools.lru_cache(maxsize=None)
+def _shard(path):
+    """A shard's samples, mapped into memory once a process."""
+    return np.memmap(path, "<i2", "r")
+
+
+def _crops(lengths, samples):
+    """How many clips of `samples` samples recordings of these lengths are worth in an epoch.
+
+    One for each full length, at least one; none for what is shorter than a second, as there is not
+    enough in it to mask and to guess from.
+    """
+    return np.where(lengths < SAMPLE_RATE, 0, np.maximum(lengths // samples, 1))
+
+
+class Packed:
+    """Random crops of `seconds` from what `pack` wrote; shorter recordings whole."""
+
+    def __init__(self, folder, seconds):
+        self.folder, self.samples = Path(folder), int(seconds * SAMPLE_RATE)
+        self.index = np.load(self.folder / "index.npy")
+        self.ends = np.cumsum(_crops(self.index["length"], self.samples))
+        if self.ends[-1] == 0:
+            raise InputError(f"{folder}: no recording in it is a second long")
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def clip(self, i, rng):
+        shard, start, length = self.index[np.searchsorted(self.ends, i, side="right")]
+        start += rng.integers(max(length - self.samples, 0) + 1)
+        waveform = _shard(self.folder / f"shard_{shard:05}.int16")
+        return np.array(waveform[start:start + min(length, self.samples)])
+
+
+class Folder:
+    """Random crops of `seconds` from the recordings below a folder, decoded each time anew."""
+
+    def __init__(self, folder, seconds):
+        self.seconds, self.files, lengths = seconds, [], []
+        for path in tqdm(audio_files(folder), "look through", unit=" files", leave=False):
+            try:
+                info = soundfile.info(path)
+            except soundfile.LibsndfileError as error:
+                raise InputError(f"{path}: not readable as audio ({error.error_string}); remove "
+                                 "it, or `python datasets.py pack` leaves it out") from None
+            self.files.append(path)
+            lengths.append(int(info.duration * SAMPLE_RATE))
+        self.lengths = np.array(lengths)
+        self.ends = np.cumsum(_crops(self.lengths, int(seconds * SAMPLE_RATE)))
+        if self.ends[-1] == 0:
+            raise InputError(f"{folder}: no recording in it is a second long")
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def clip(self, i, rng):
+        i = np.searchsorted(self.ends, i, side="right")
+        start = rng.uniform(0, max(self.lengths[i] / SAMPLE_RATE - self.seconds, 0))
+        return to_int16(read_audio(self.files[i], start, self.seconds))
+
+
+# ---------------------------------------------------------------------- synth: sounds from formulas
+
+
+def _noise(rng, n, low=0.0, high=8000.0, slope=0.0):
+    """Noise between two frequencies in Hz, its power falling with f ** slope; unit deviation."""
+    f = np.fft.rfftfreq(n, 1 / SAMPLE_RATE).clip(20)
+    gain = f ** (slope / 2) / (1 + (low / f) ** 6) / (1 + (f / high) ** 6)
+    x = np.fft.irfft(np.fft.rfft(rng.standard_normal(n)) * gain, n)
+    return x / (x.std() + 1e-9)
+
+
+def _tone(frequency, harmonics=(1.0,)):
+    """Harmonics of a frequency in Hz that moves over time."""
+    phase = 2 * np.pi * np.cumsum(frequency) / SAMPLE_RATE
+    return sum(a * np.sin((k + 1) * phase) for k, a in enumerate(harmonics))
+
+
+def _strokes(rng, t, rate, jitter):
+    """Time since the last stroke, for strokes `rate` times a second, more or less regular."""
+    times = np.cumsum(rng.uniform(1 - jitter, 1 + jitter, int(t[-1] * rate / (1 - jitter)) + 2) / rate)
+    times = np.concatenate([[0], times])
+    which = np.searchsorted(times, t, side="right") - 1
+    return t - times[which], which
+
+
+def _siren(rng, t, pitch, speed):
+    wail = np.sin(2 * np.pi * rng.choice([0.4, 4.0]) * speed * t + rng.uniform(0, 6))
+    return _tone(900 * pitch * 2 ** (0.6 * wail), (1, 0.5, 0.25, 0.1))
+
+
+def _bell(rng, t, pitch, speed):
+    since, which = _strokes(rng, t, 0.8 * speed, 0.3)
+    ratios = np.array([0.5, 1, 1.19, 1.56, 2, 2.74, 3.76]) * rng.normal(1, 0.01, 7)
+    return sum(np.exp(-since * r * 2.5) * np.sin(2 * np.pi * 600 * pitch * r * since) for r in ratios)
+
+
+def _engine(rng, t, pitch, speed):
+    drift = np.interp(t, np.linspace(0, t[-1], 5), rng.uniform(0.8, 1.25, 5))
+    pulses = _tone(45 * pitch * drift, rng.uniform(0.2, 1, 24) / np.arange(1, 25) ** 0.5)
+    return pulses + 0.7 * _noise(rng, len(t), 40, 900) * (1.2 + np.tanh(pulses))
+
+
+def _rain(rng, t, pitch, speed):
+    drops = (rng.random(len(t)) < 0.004 * speed) * rng.exponential(20, len(t))
+    splash = np.exp(-np.arange(160) / 30) * np.sin(np.arange(160) * 1.2 * pitch)
+    return _noise(rng, len(t), 900 * pitch, 7000) + np.convolve(drops, splash)[:len(t)] * 0.4
+
+
+def _footsteps(rng, t, pitch, speed):
+    since, which = _strokes(rng, t, 1.9 * speed, 0.08)
+    heel, toe = np.exp(-since * 45), np.exp(-np.abs(since - 0.09) * 70) * 0.5
+    return _noise(rng, len(t), 80, 900 * pitch) * (heel + toe) * (0.8 + 0.2 * (which % 2))
+
+
+def _bird(rng, t, pitch, speed):
+    since, which = _strokes(rng, t, 4.5 * speed, 0.35)
+    shape = rng.uniform(-9, 9, 3)[which % 3]
+    sounding = np.clip(np.sin(np.pi * (since / 0.13).clip(0, 1)), 0, 1) * (which % 5 < 4)
+    return _tone(3600 * pitch * 2 ** (shape * (since.clip(0, 0.13) - 0.06))) * sounding
+
+
+def _dog(rng, t, pitch, speed):
+    since, which = _strokes(rng, t, 2.0 * speed, 0.4)
+    bark = (since / 0.03).clip(0, 1) * np.exp(-(since - 0.03).clip(0) * 16)
+    voice = _tone(480 * pitch * (0.7 + 0.6 * np.exp(-since * 12)), (0.6, 1, 0.9, 0.6, 0.4, 0.3, 0.2))
+    return bark * (voice + 0.6 * _noise(rng, len(t), 400, 3000))
+
+
+def _alarm(rng, t, pitch, speed):
+    since, which = _strokes(rng, t, 2.5 * speed, 0.0)
+    high = np.where(which % 2, 1.0, rng.choice([1.0, 1.25]))
+    return _tone(1500 * pitch * high, (1, 0, 0.4, 0, 0.2)) * (since * 2.5 * speed < 0.5)
+
+
+def _cricket(rng, t, pitch, speed):
+    group, which = _strokes(rng, t, 2.2 * speed, 0.1)
+    pulse = np.clip(np.sin(2 * np.pi * 28 * speed * group), 0, 1)
+    return _tone(np.full(len(t), 4300 * pitch)) * pulse * (group * 2.2 * speed < 0.6)
+
+
+def _wind(rng, t, pitch, speed):
+    gust = np.interp(t * speed, np.arange(0, 20, 0.4), rng.uniform(0.1, 1, 50))
+    low, high = _noise(rng, len(t), 60, 500 * pitch), _noise(rng, len(t), 300, 1200 * pitch)
+    return low * gust + 0.3 * high * gust ** 2
+
+
+# In the order of how often they occur.
+KINDS = dict(footsteps=_footsteps, wind=_wind, bird=_bird, engine=_engine, dog=_dog, rain=_rain,
+             bell=_bell, alarm=_alarm, cricket=_cricket, siren=_siren)
+SPLITS = ("unlabelled", "train", "test")
+
+
+def synth_clip(index, split="unlabelled", seconds=5.0):
+    """One synthetic clip, the same for the same (index, split), made without any file.
+
+    One to three events of different kinds, the later in KINDS the rarer, at random pitch, speed,
+    loudness and onset, over a background of noise, in a random room, through a random microphone.
+    Returns the int16 waveform (S,) and the events: a list of (kind, onset, offset) in seconds.
+    """
+    rng = np.random.default_rng([SPLITS.index(split), index])
+    n = int(seconds * SAMPLE_RATE)
+    waveform, events = _noise(rng, n, slope=rng.uniform(-2, 0)), []
+    weights = 1 / np.arange(2, len(KINDS) + 2)
+    for kind in rng.choice(list(KINDS), rng.integers(1, 4), replace=False, p=weights / weights.sum()):
+        length = int(rng.uniform(0.12, 0.5) * n)
+        onset = int(rng.integers(n - length))
+        t = np.arange(length) / SAMPLE_RATE
+        sound = KINDS[kind](rng, t, 2 ** rng.uniform(-0.7, 0.7), 2 ** rng.uniform(-0.6, 0.6))
+        sound = sound * np.minimum(np.minimum(t, t[::-1]) / 0.02, 1)            # fade in and out
+        level = 10 ** (rng.uniform(-8, 14) / 20)                                # -8 to 14 dB
+        waveform[onset:onset + length] += sound / (sound.std() + 1e-9) * level
+        events.append((str(kind), onset / SAMPLE_RATE, (onset + length) / SAMPLE_RATE))
+    tail = np.arange(int(0.3 * SAMPLE_RATE)) / SAMPLE_RATE
+    room = rng.standard_normal(len(tail)) * np.exp(-tail * rng.uniform(15, 60)) * rng.uniform(0, 0.06)
+    room[0] = 1
+    f = np.fft.rfftfreq(n + len(room), 1 / SAMPLE_RATE)
+    microphone = np.interp(np.log2(f + 50), np.linspace(5.6, 13, 7), rng.normal(0, 5, 7))   # dB
+    gain = np.fft.rfft(room, n + len(room)) * 10 ** (microphone / 20)
+    waveform = np.fft.irfft(np.fft.rfft(waveform, n + len(room)) * gain, n + len(room))[:n]
+    return to_int16(waveform / np.abs(waveform).max() * 10 ** (rng.uniform(-25, -1) / 20)), events
+
+
+class Synth:
+    """Synthetic clips without labels, made on the fly; an epoch has 20,000."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def __len__(self):
+        return 20_000
+
+    def clip(self, i, rng):
+        return synth_clip(i, "unlabelled", self.seconds)[0]
+
+
+def open_source(data, seconds):
+    """Unlabelled clips of `seconds` for pre-training: "synth", a packed folder, or a folder."""
+    if data == "synth":
+        return Synth(seconds)
+    return (Packed if (Path(data) / "index.npy").exists() else Folder)(data, seconds)
+
+
+# ------------------------------------------------------------------------------------ labelled sets
+
+
+class Labelled:
+    """Clips in memory with their labels.
+
+    waveforms: N int16 arrays at 16 kHz; labels (N, C) of 0 and 1; classes: C names; names: N
+    names; folds (N,): clips of fold k are the test set of fold k and not trained on then (0:
+    always trained on); metric: "mAP" (several labels a clip) or "accuracy" (one).
+    """
+
+    def __init__(self, waveforms, labels, classes, names, folds, metric):
+        self.waveforms, self.classes, self.names, self.metric = waveforms, classes, names, metric
+        self.labels, self.folds = np.asarray(labels, np.float32), np.asarray(folds)
+        self.seconds = 10.0         # longest crop in training
+
+    def __len__(self):
+        return len(self.waveforms)
+
+    def subset(self, indices):
+        """The same set with these clips only."""
+        return Labelled([self.waveforms[i] for i in indices], self.labels[indices], self.classes,
+                        [self.names[i] for i in indices], self.folds[indices], self.metric)
+
+    def clip(self, i, rng):
+        """Waveform i for training: a random crop of what is longer than `seconds`."""
+        waveform, samples = self.waveforms[i], int(self.seconds * SAMPLE_RATE)
+        start = rng.integers(max(len(waveform) - samples, 0) + 1)
+        return waveform[start:start + samples]
+
+    def fraction(self, fraction, seed):
+        """A random part of the clips, drawn class by class so that no class is lost.
+
+        A clip with several labels counts for the rarest of them. Smaller fractions of the same
+        seed are part of larger ones.
+        """
+        totals = self.labels.sum(0)
+        rarest = np.where(self.labels > 0, totals, np.inf).argmin(1)
+        order, keep = np.random.default_rng(seed).permutation(len(self)), []
+        for c in range(len(self.classes)):
+            members = order[rarest[order] == c]
+            keep.extend(members[:max(1, round(fraction * len(members)))])
+        return self.subset(np.sort(np.array(keep)))
+
+
+def synth(root=None, train=1000, test=500):
+    """Synthetic clips with the kinds of event in them as labels: fold 1 is the test set."""
+    waveforms, labels, names = [], [], []
+    kinds = list(KINDS)
+    jobs = [("train", i) for i in range(train)] + [("test", i) for i in range(test)]
+    for split, i in tqdm(jobs, "synth", unit=" clips", leave=False):
+        waveform, events = synth_clip(i, split)
+        waveforms.append(waveform)
+        labels.append([kind in {event[0] for event in events} for kind in kinds])
+        names.append(f"synth/{split}/{i}")
+    return Labelled(waveforms, labels, kinds, names, [0] * train + [1] * test, "mAP")
+
+
+def read_table(path, columns, delimiter=","):
+    """Rows of a CSV file with a header line, as dictionaries. Raises InputError for a missing file
+    or column."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file; is the data set's root right?")
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file, delimiter=delimiter)
+        if missing := [c for c in columns if c not in (reader.fieldnames or [])]:
+            raise InputError(f"{path}: no column {', '.join(missing)}; "
+                             f"it has {', '.join(reader.fieldnames or ['none'])}")
+        return list(reader)
+
+
+def esc50(root, esc10=False):
+    """ESC-50 (Piczak 2015) in its official layout, 2,000 clips of 50 classes in five folds;
+    or ESC-10, its 400 clips of ten classes."""
+    table = Path(root) / "meta" / "esc50.csv"
+    rows = read_table(table, ("filename", "fold", "category", "esc10"))
+    rows = [row for row in rows if row["esc10"].strip().lower() == "true" or not esc10]
+    if not rows:
+        raise InputError(f"{table}: no {'ESC-10 ' * esc10}clips listed in it")
+    waveforms = [to_int16(read_audio(Path(root) / "audio" / row["filename"]))
+                 for row in tqdm(rows, "decode", unit=" clips", leave=False)]
+    classes = sorted({row["category"] for row in rows})
+    labels = [[row["category"] == name for name in classes] for row in rows]
+    return Labelled(waveforms, labels, classes, [row["filename"] for row in rows],
+                    [int(row["fold"]) for row in rows], "accuracy")
+
+
+LABELLED = {"synth": synth, "esc50": esc50, "esc10": functools.partial(esc50, esc10=True)}
+
+
+# ------------------------------------------------------------------------------------------ batches
+
+
+def shuffled(position, count, seed):
+    """Where `position` goes in a random order of range(count), without writing the order down.
+
+    A Feistel network, a cipher, permutes the next power of four; what falls outside the range is
+    sent through again until it falls inside. So any update of a run knows its clips at once.
+    """
+    half = (max(count - 1, 1).bit_length() + 1) // 2
+    while True:
+        left, right = position >> half, position & (1 << half) - 1
+        for round in range(4):
+            scrambled = zlib.crc32(f"{seed} {round} {right}".encode())
+            left, right = right, left ^ scrambled & (1 << half) - 1
+        position = left << half | right
+        if position < count:
+            return position
+
+
+class Drawn(torch.utils.data.Dataset):
+    """Clip n of an endless stream of shuffled epochs: (int16 waveform, its number in the source).
+
+    Crop and all depend on (seed, n) only, not on who draws it or what was drawn before.
+    """
+
+    def __init__(self, source, seed):
+        self.source, self.seed = source, seed
+
+    def __getitem__(self, n):
+        epoch, position = divmod(n, len(self.source))
+        i = shuffled(position, len(self.source), f"{self.seed} {epoch}")
+        return self.source.clip(i, np.random.default_rng([self.seed, n])), i
+
+
+def collate(clips, samples=None):
+    """Pad (waveform, number) pairs with zeros: waveform (B, S) int16, lengths (B,), numbers (B,)."""
+    lengths = torch.tensor([len(waveform) for waveform, _ in clips])
+    waveform = torch.zeros(len(clips), samples or int(lengths.max()), dtype=torch.int16)
+    for row, (clip, _) in zip(waveform, clips):
+        row[:len(clip)] = torch.from_numpy(clip)
+    return waveform, lengths, torch.tensor([number for _, number in clips])
+
+
+def batches(source, batch_size, updates, seed, first=0, rank=0, world=1, workers=0, samples=None):
+    """Batches for updates `first` to `updates`: this process's share of each global batch.
+
+    Update u draws clips u * batch_size and on of the stream `Drawn`, whatever the number of
+    processes. Each batch is as `collate` gives it, padded to `samples` or to its longest clip.
+    """
+    share = batch_size // world
+    numbers = [range(u * batch_size + rank * share, u * batch_size + (rank + 1) * share)
+               for u in range(first, updates)]
+    return torch.utils.data.DataLoader(
+        Drawn(source, seed), batch_sampler=numbers, num_workers=workers,
+        collate_fn=functools.partial(collate, samples=samples),
+        persistent_workers=workers > 0, pin_memory=torch.cuda.is_available())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("pack", help="decode a folder of recordings into int16 shards")
+    command.add_argument("folder", help="recordings, in sub-folders too: " + " ".join(AUDIO))
+    command.add_argument("out", help="folder to write; 115 MB an hour")
+    command.add_argument("--shard-hours", type=float, default=5.0, help="hours in a file (%(default)s)")
+    command.add_argument("--workers", type=int, help="processes that decode (as many as cores)")
+    command = commands.add_parser("synth", help="write synthetic clips as .wav and what is in them")
+    command.add_argument("out", help="folder to write")
+    command.add_argument("--clips", type=int, default=10, help="how many (%(default)s)")
+    args = parser.parse_args()
+    try:
+        if args.command == "pack":
+            kept, skipped = pack(args.folder, args.out, args.shard_hours, args.workers)
+            seconds = np.load(Path(args.out) / "index.npy")["length"].sum() / SAMPLE_RATE
+            print(f"{kept} recordings, {seconds / 3600:.2f} hours, in {args.out}")
+            if skipped:
+                print(f"{len(skipped)} skipped, listed in {Path(args.out) / 'skipped.txt'}:",
+                      *skipped[:10], *["..."] * (len(skipped) > 10), sep="\n  ")
+        else:
+            Path(args.out).mkdir(parents=True, exist_ok=True)
+            for i in range(args.clips):
+                waveform, events = synth_clip(i)
+                soundfile.write(Path(args.out) / f"{i}.wav", waveform, SAMPLE_RATE)
+                print(f"{i}.wav", json.dumps(events))
+    except (InputError, OSError) as error:
+        sys.exit(f"datasets.py: {error}") if False else parser.exit(2, f"datasets.py: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

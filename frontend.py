@@ -1,0 +1,151 @@
+"""Waveform to log-mel spectrogram: what the model hears (Sec. 2.2, "Frontend").
+
+A microphone's 16,000 numbers a second are too many and too fine to learn from. `LogMel` cuts them
+into overlapping windows of 64 ms, one every 20 ms, measures the power at each frequency, sums it
+into 64 bands that are spaced as the ear hears, and takes the logarithm: 500 frames of 64 numbers
+for ten seconds. `resample` brings a recording of any other rate to 16 kHz first.
+"""
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+SAMPLE_RATE = 16_000  # Hz. The paper names none; all lengths below follow from it
+WINDOW = 1024         # samples: 64 ms
+HOP = 320             # samples: 20 ms
+MELS = 64
+FLOOR = 1e-10         # power below which all is silence; keeps the logarithm finite
+
+
+def mel_to_hz(mel):
+    """Frequency in Hz of a (tensor) position on Slaney's mel scale (Auditory Toolbox, 1998).
+
+    Linear up to 1 kHz (15 mel), then 27 mel for each factor of 6.4.
+    """
+    return torch.where(mel < 15, mel * 200 / 3, 1000 * 6.4 ** ((mel - 15) / 27))
+
+
+def mel_filters():
+    """Weights (WINDOW / 2 + 1, MELS) that sum the bins of a power spectrum into mel bands.
+
+    Triangles from 0 Hz to half the sample rate, evenly spaced in mel, each over its two
+    neighbours' centres. Slaney's normalisation divides by the width in Hz, so that white noise
+    has the same level in all bands.
+    """
+    top = 15 + 27 * math.log(SAMPLE_RATE / 2 / 1000) / math.log(6.4)
+    edges = mel_to_hz(torch.linspace(0, top, MELS + 2, dtype=torch.float64))
+    left, centre, right = edges[:-2], edges[1:-1], edges[2:]
+    bins = torch.arange(WINDOW // 2 + 1, dtype=torch.float64)[:, None] * SAMPLE_RATE / WINDOW
+    rising, falling = (bins - left) / (centre - left), (right - bins) / (right - centre)
+    return (torch.minimum(rising, falling).clamp(min=0) * 2 / (right - left)).float()
+
+
+def frame_count(samples):
+    """Number of frames T of a waveform of `samples` samples (an int or an integer tensor).
+
+    One frame a full hop, and never none: 160,000 samples (10 s) give 500.
+    """
+    frames = samples // HOP
+    return frames.clamp(min=1) if torch.is_tensor(frames) else max(frames, 1)
+
+
+class LogMel(nn.Module):
+    """Normalised log-mel spectrogram.
+
+    waveform (B, S), float in [-1, 1] or int16  ->  log-mels (B, T, 64), float32, T = S // 320.
+    Frame t is centred on sample 320 t; beyond the ends the waveform counts as zeros, so that a
+    clip's frames are the same alone and zero-padded in a batch. Each band is shifted and scaled by
+    the mean and standard deviation of the pre-training corpus, which `measure` finds. They are
+    buffers: they travel in every checkpoint, so that no later use can normalise differently.
+
+    Raises ValueError for a waveform that is empty or not (B, S).
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("window", torch.hann_window(WINDOW), persistent=False)
+        self.register_buffer("filters", mel_filters(), persistent=False)
+        self.register_buffer("mean", torch.zeros(MELS))
+        self.register_buffer("std", torch.ones(MELS))
+
+    def forward(self, waveform):
+        if waveform.dim() != 2 or waveform.shape[1] == 0:
+            raise ValueError(f"LogMel takes waveforms of shape (B, S), not {tuple(waveform.shape)}")
+        if waveform.dtype == torch.int16:
+            waveform = waveform.float() / 32768
+        frames = F.pad(waveform, (WINDOW // 2, WINDOW // 2)).unfold(1, WINDOW, HOP)
+        frames = frames[:, :frame_count(waveform.shape[1])]         # (B, T, WINDOW)
+        spectrum = torch.fft.rfft(frames * self.window)             # (B, T, WINDOW / 2 + 1)
+        power = spectrum.real.square() + spectrum.imag.square()
+        log_mel = (power @ self.filters).clamp(min=FLOOR).log()     # (B, T, 64)
+        return (log_mel - self.mean) / self.std
+
+    @torch.no_grad()
+    def measure(self, batches):
+        """Set mean and standard deviation, per band, from an iterable of (waveform, lengths).
+
+        waveform (B, S) as in `forward`; lengths (B,) in samples: what lies behind is padding.
+        Raises ValueError where there is no frame at all.
+        """
+        self.mean.zero_()
+        self.std.fill_(1)
+        count, total, squares = 0, 0.0, 0.0
+        for waveform, lengths in batches:
+            log_mel = self(waveform).double()                       # (B, T, 64)
+            steps = torch.arange(log_mel.shape[1], device=log_mel.device)
+            log_mel = log_mel[steps < frame_count(lengths)[:, None]]  # (frames, 64)
+            count += len(log_mel)
+            total = total + log_mel.sum(0)
+            squares = squares + log_mel.square().sum(0)
+        if count == 0:
+            raise ValueError("no audio to measure mean and standard deviation on")
+        mean = total / count
+        self.mean.copy_(mean)
+        # The floor keeps a band that is constant (all silence) from being blown up.
+        self.std.copy_((squares / count - mean.square()).clamp(min=1e-4).sqrt())
+
+
+def resample(waveform, from_rate, to_rate, zeros=64, attenuation=80.0):
+    """Change the sample rate by band-limited interpolation; nothing is shifted in time.
+
+    waveform (..., S) float at `from_rate` Hz -> (..., ceil(S * to_rate / from_rate)) at `to_rate`.
+    An output sample is the input convolved with a low-pass filter that is centred on the sample's
+    own time: a sinc of `zeros` zero crossings on either side under a Kaiser window, which holds
+    all that would alias `attenuation` dB down (its shape and the width of the transition, 8% of
+    the lower rate's Nyquist frequency at these defaults, are Kaiser's of 1974). Where the output
+    falls between the input samples repeats with a cycle of to_rate / gcd outputs, so few filters
+    serve a whole recording (polyphase): a matrix product of windows of input and filters.
+    Raises ValueError for a rate that is not a positive whole number.
+    """
+    if min(from_rate, to_rate) < 1 or from_rate != int(from_rate) or to_rate != int(to_rate):
+        raise ValueError(f"sample rates must be positive whole numbers, not {from_rate}, {to_rate}")
+    if from_rate == to_rate or waveform.shape[-1] == 0:
+        return waveform
+    divisor = math.gcd(int(from_rate), int(to_rate))
+    step, phases = int(from_rate) // divisor, int(to_rate) // divisor
+    lower = min(1.0, phases / step)                   # the lower of the rates, over from_rate
+    transition = (attenuation - 8) / (2.285 * math.pi * 2 * zeros)
+    cutoff = lower * (1 - transition / 2)
+    beta = torch.tensor(0.1102 * (attenuation - 8.7), dtype=torch.float64)
+    reach = math.ceil(zeros / lower)                  # of the filter, in input samples
+
+    # A cycle takes `step` input samples to `phases` outputs; short ones are joined to one of 64
+    # outputs or more, long ones taken 128 outputs at a time, so that each product is worth a call.
+    joined = -(-64 // phases)
+    step, phases = step * joined, phases * joined
+    count = -(-waveform.shape[-1] * phases // step)
+    cycles = -(-count // phases)
+    padded = F.pad(waveform, (reach, reach + cycles * step + 1))
+    output = waveform.new_empty(*waveform.shape[:-1], cycles, phases)
+    for start in range(0, phases, 128):
+        n = torch.arange(start, min(start + 128, phases))
+        first, last = int(n[0]) * step // phases, int(n[-1]) * step // phases
+        taps = torch.arange(first - reach, last + reach + 2)
+        time = taps[:, None] - n.double() * step / phases     # (taps, n), in input samples
+        window = torch.i0(beta * (1 - (time / (reach + 1)).square()).clamp(min=0).sqrt())
+        kernel = cutoff * torch.sinc(cutoff * time) * window / torch.i0(beta)
+        kernel[time.abs() > reach + 1] = 0
+        windows = padded[..., first:].unfold(-1, len(taps), step)[..., :cycles, :]
+        output[..., start:start + 128] = windows @ kernel.to(waveform)
+    return output.flatten(-2)[..., :count]

@@ -1,0 +1,299 @@
+"""Pre-train a conformer on unlabelled sound (Sec. 2).
+
+On a laptop, three minutes of the tiny model on synthetic sounds:
+    python pretrain.py
+Your own recordings, decoded once, then trained on:
+    python datasets.py pack /my/sounds packed
+    python pretrain.py --data packed --out runs/mine --updates 10000
+One GPU; the GPUs of one machine; of four machines (the same on each, with its own node_rank):
+    torchrun pretrain.py --size large --data packed
+    torchrun --nproc_per_node=8 pretrain.py --size large --data packed
+    torchrun --nproc_per_node=8 --nnodes=4 --node_rank=0 --master_addr=HOST pretrain.py ...
+Then `python finetune.py --init`. What is in the run's folder: checkpoint.pt, all that is needed to
+go on (--resume) or to fine-tune; log.jsonl, a line of JSON every few updates.
+"""
+import argparse
+import json
+import os
+import pickle
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from datasets import InputError, batches, open_source
+from frontend import SAMPLE_RATE, LogMel, frame_count
+from wav2vec2 import COMMON, SIZES, Wav2Vec2
+
+# What --updates, --warmup, --lr, --batch-size and --seconds are when not given. The paper's are
+# those of small and large (Sec. 2.3); it does not state batch size and seconds.
+SCHEDULES = {
+    "tiny": dict(updates=500, warmup=50, lr=1e-3, batch_size=32, seconds=5.0),
+    "small": dict(updates=300_000, warmup=10_000, lr=3e-4, batch_size=256, seconds=10.0),
+    "large": dict(updates=300_000, warmup=10_000, lr=3e-4, batch_size=256, seconds=10.0),
+}
+
+
+# --------------------------------------------------------- shared with finetune.py: processes, files
+
+
+def start(device=None):
+    """Join the processes that torchrun started, if it did: returns (device, rank, world size).
+
+    device names one, else CUDA, then MPS, then the CPU is taken.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device is None:
+        device = ("cuda" if torch.cuda.is_available() else
+                  "mps" if torch.backends.mps.is_available() and world == 1 else "cpu")
+    try:
+        if device == "cuda":
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            torch.cuda.set_device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {device}: {reason}; leave --device out to have one found") from None
+    if world > 1:
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return torch.device(device), rank, world
+
+
+def save_checkpoint(path, **content):
+    """Write a checkpoint so that, whenever the power fails, `path` is the old one or the new one."""
+    part = Path(path).with_suffix(".part")
+    with open(part, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def load_checkpoint(run):
+    """The checkpoint of a run's folder (or the file itself), on the CPU. Runs no code in it.
+
+    Raises InputError where it is missing or no checkpoint.
+    """
+    path = Path(run)
+    path = path / "checkpoint.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise InputError(f"{path}: no checkpoint there; is the run's folder right?")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError) as error:
+        raise InputError(f"{path}: not a checkpoint, or damaged "
+                         f"({str(error).splitlines()[0][:80]}); use another") from None
+
+
+def seed_of(*numbers):
+    """One 64-bit seed from several numbers, far from the seeds of their neighbours."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def padding_of(lengths, log_mel):
+    """Padding mask (B, T) of log-mels whose waveforms have these lengths in samples; None if none."""
+    frames = frame_count(lengths).to(log_mel.device)
+    mask = torch.arange(log_mel.shape[1], device=log_mel.device) >= frames[:, None]
+    return mask if frame_count(int(lengths.min())) < log_mel.shape[1] else None
+
+
+def autocast(device, dtype):
+    """Context for the model's forward pass: --dtype, or bfloat16 on CUDA and float32 elsewhere."""
+    dtype = dtype or ("bf16" if device.type == "cuda" else "fp32")
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
+
+
+# ------------------------------------------------------------------------------------- pre-training
+
+
+def learning_rate(update, peak, warmup, updates):
+    """Sec. 2.3: linear from 0 to the peak over `warmup` updates, then linear to 0 at `updates`."""
+    if update < warmup:
+        return peak * (update + 1) / warmup
+    return peak * (updates - update) / max(updates - warmup, 1)
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("run")
+    group.add_argument("--out", default="runs/pretrain", help="folder of this run (%(default)s)")
+    group.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    group.add_argument("--seed", type=int, default=0, help="another seed draws other clips, crops, "
+                       "masks and starting weights (%(default)s)")
+    group.add_argument("--device", help="cpu, cuda, mps (the best there is)")
+    group.add_argument("--dtype", choices=["fp32", "bf16"], help="bf16 halves memory and time where "
+                       "the processor has it (bf16 on CUDA, else fp32)")
+    group.add_argument("--workers", type=int, help="processes that read data (one a core, up to 8, "
+                       "with a GPU; none without: the training takes the cores)")
+    group.add_argument("--log-every", type=int, default=10, help="updates (%(default)s)")
+    group.add_argument("--checkpoint-every", type=int, default=1000, help="updates (%(default)s)")
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", default="synth", help="'synth' (made on the fly), a folder that "
+                       "`datasets.py pack` wrote, or any folder of recordings (%(default)s)")
+    group.add_argument("--seconds", type=float, help="length of a clip (tiny: 5, else 10); longer "
+                       "gives more context and more distractors, and costs more")
+    group.add_argument("--batch-size", type=int, help="clips in an update, over all processes "
+                       "together (tiny: 32, else 256)")
+
+    group = parser.add_argument_group("model", "Settings of the size that can be changed.")
+    group.add_argument("--size", choices=SIZES, default="tiny", help="tiny for a laptop, small and "
+                       "large as in the paper (%(default)s)")
+    for name, default, text in (
+            ("width", int, "D, of the conformer"), ("blocks", int, "conformer blocks (Fig. 2b)"),
+            ("heads", int, "attention heads (Fig. 2c)"), ("ffn", int, "units in feed-forward networks"),
+            ("first-kernel", int, "steps of the first block's convolution (31)"),
+            ("kernel", int, "steps of the other blocks' (15)"),
+            ("dropout", float, "share of activations dropped (0.1)"),
+            ("norm", str, "in the convolution: group (default) or batch"),
+            ("stack", int, "R, log-mel frames in a latent (4)"), ("latent", int, "width of a latent (256)"),
+            ("mask", float, "share of latents masked (0.3); more makes the task harder"),
+            ("span", int, "latents masked in a row (3); shorter ones are guessed from their neighbours"),
+            ("distractors", int, "K (100)"),
+            ("temperature", float, "divides similarities (0.1); larger blurs the choice")):
+        choices = ["group", "batch"] if name == "norm" else None
+        group.add_argument(f"--{name}", type=default, choices=choices, help=text)
+
+    group = parser.add_argument_group("optimisation (Sec. 2.3)")
+    group.add_argument("--updates", type=int, help="of the whole run (tiny: 500, else 300000)")
+    group.add_argument("--warmup", type=int, help="updates to the peak (tiny: a tenth, "
+                       "else a thirtieth of all)")
+    group.add_argument("--lr", type=float, help="peak learning rate (tiny: 1e-3, else 3e-4)")
+    group.add_argument("--weight-decay", type=float, default=0.01, help="(%(default)s)")
+    group.add_argument("--clip", type=float, default=1.0, help="largest gradient norm; a longer "
+                       "gradient is scaled down to it (%(default)s)")
+    args = parser.parse_args(argv)
+    schedule = dict(SCHEDULES[args.size])
+    if args.updates is not None:            # a warm-up that was not given keeps its share
+        schedule["warmup"] = args.updates * schedule["warmup"] // schedule["updates"]
+    for name, value in schedule.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.changes = {name: getattr(args, name) for name in (*SIZES["tiny"], *COMMON)
+                    if getattr(args, name) is not None}
+    for name in ("seconds", "batch_size", "updates", "lr", "log_every", "checkpoint_every", "clip"):
+        if getattr(args, name) <= 0:
+            raise InputError(f"--{name.replace('_', '-')} must be over 0, not {getattr(args, name)}")
+    if not 0 <= args.warmup <= args.updates:
+        raise InputError(f"--warmup {args.warmup} must be 0 to --updates {args.updates}")
+    return args
+
+
+def main(args):
+    device, rank, world = start(args.device)
+    if args.batch_size % world:
+        raise InputError(f"--batch-size {args.batch_size} does not divide by {world} processes")
+    out = Path(args.out)
+    if args.resume:
+        checkpoint = load_checkpoint(out)
+    elif (out / "checkpoint.pt").exists():
+        raise InputError(f"{out} holds a run already: go on with --resume, or name another --out")
+    if args.workers is None:
+        args.workers = min(8, os.cpu_count() // world) if device.type == "cuda" else 0
+
+    torch.manual_seed(args.seed)
+    try:
+        model = Wav2Vec2(args.size, **args.changes).to(device)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    frontend = LogMel().to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98),
+                                  weight_decay=args.weight_decay, fused=device.type != "mps")
+    source = open_source(args.data, args.seconds)
+    samples = int(args.seconds * SAMPLE_RATE)
+    first = 0
+    if args.resume:
+        if checkpoint["settings"] != model.settings:
+            raise InputError(f"{out}: its checkpoint is of another model; give the same options")
+        model.load_state_dict(checkpoint["model"])
+        frontend.load_state_dict(checkpoint["frontend"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        first = checkpoint["update"]
+    else:
+        some = batches(source, 32, 32, args.seed, samples=samples)
+        frontend.measure((waveform.to(device), lengths.to(device)) for waveform, lengths, _ in
+                         tqdm(some, "mean and deviation", disable=rank > 0, leave=False))
+    trained = model if world == 1 else DistributedDataParallel(model)
+    trained.train()
+
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        log_path = out / "log.jsonl"
+        lines = log_path.read_text().splitlines(True) if args.resume and log_path.exists() else []
+        log = open(log_path, "w", buffering=1)
+        log.writelines(line for line in lines if json.loads(line)["update"] <= first)
+        count = sum(p.numel() for p in model.parameters())
+        print(f"{args.size}, {count / 1e6:.1f} M parameters, on {device} x {world}; {args.data}, "
+              f"{len(source)} clips of {args.seconds:g} s in an epoch; chance is what a blind guess "
+              "gets")
+    bar = tqdm(total=args.updates, initial=first, disable=rank > 0, unit=" updates", smoothing=0.05)
+    began = last_time = time.time()
+    loader = batches(source, args.batch_size, args.updates, args.seed, first, rank, world,
+                     args.workers, samples)
+    mine = slice(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)
+    for update, (waveform, lengths, _) in enumerate(loader, first):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(update, args.lr, args.warmup, args.updates)
+        # Masks and distractors are drawn for the whole batch, whatever part of it is ours.
+        generator = torch.Generator().manual_seed(seed_of(args.seed, update))
+        torch.manual_seed(seed_of(args.seed, update, rank))     # dropout
+        log_mel = frontend(waveform.to(device, non_blocking=True))          # (B, T, 64)
+        noise = torch.rand(model.noise_shape(args.batch_size, log_mel.shape[1]),
+                           generator=generator)[mine]
+        with autocast(device, args.dtype):
+            result = trained(log_mel, padding_of(lengths, log_mel),
+                             noise.to(device, non_blocking=True))
+        total = result.count.clone()            # of all processes; the loss is the mean over these
+        if world > 1:
+            dist.all_reduce(total)
+        (result.loss * result.count / total.clamp(min=1) * world).backward()
+        gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        done = update + 1
+        bar.update()
+        if done % args.log_every == 0 or done == args.updates:
+            figures = torch.stack([x.float() for x in result] + [gradient_norm])
+            if world > 1:
+                dist.all_reduce(figures)
+                figures /= world
+            figures = dict(zip((*result._fields, "gradient_norm"), figures.tolist()))
+            if not np.isfinite(figures["loss"]) or not np.isfinite(figures["gradient_norm"]):
+                raise InputError(f"loss or gradient is not finite at update {done}; the last "
+                                 f"checkpoint in {out} is sound: lower --lr, or look at the data")
+            now = time.time()
+            speed = args.log_every * args.batch_size / (now - last_time)
+            last_time = now
+            if rank == 0:
+                lr = optimizer.param_groups[0]["lr"]
+                log.write(json.dumps(dict(update=done, lr=lr, clips_per_second=round(speed, 1),
+                                          **figures)) + "\n")
+                bar.set_postfix_str(f"loss {figures['loss']:.2f} accuracy {figures['accuracy']:.2f} "
+                                    f"(chance {figures['chance']:.2f}) lr {lr:.1e} {speed:.0f} clips/s")
+        if rank == 0 and (done % args.checkpoint_every == 0 or done == args.updates):
+            save_checkpoint(out / "checkpoint.pt", model=model.state_dict(), update=done,
+                            frontend=frontend.state_dict(), optimizer=optimizer.state_dict(),
+                            settings=model.settings, args=vars(args))
+    bar.close()
+    if rank == 0:
+        minutes = (time.time() - began) / 60
+        print(f"{args.updates - first} updates in {minutes:.1f} min: {out / 'checkpoint.pt'}; now "
+              f"python finetune.py --init" + f" {out}" * (args.out != "runs/pretrain"))
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main(parse())
+    except (InputError, OSError) as error:
+        sys.stderr.write(f"pretrain.py: {error}\n")
+        sys.exit(2)
