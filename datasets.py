@@ -10,10 +10,10 @@ Labelled sets for fine-tuning are `Labelled`: `synth`, `esc50`, `esc10`. `batche
 import argparse
 import csv
 import functools
+import hashlib
 import json
 import multiprocessing
 import os
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -196,17 +196,20 @@ class Folder:
 
 
 def _noise(rng, n, low=0.0, high=8000.0, slope=0.0):
-    """Noise between two frequencies in Hz, its power falling with f ** slope; unit deviation."""
-    f = np.fft.rfftfreq(n, 1 / SAMPLE_RATE).clip(20)
-    gain = f ** (slope / 2) / (1 + (low / f) ** 6) / (1 + (f / high) ** 6)
-    x = np.fft.irfft(np.fft.rfft(rng.standard_normal(n)) * gain, n)
+    """n samples of noise between two frequencies in Hz, its power falling with f ** slope."""
+    size = -(-n // 4000) * 4000                     # no large prime in it: fast Fourier transform
+    f = np.fft.rfftfreq(size, 1 / SAMPLE_RATE).clip(20)
+    gain = f ** (slope / 2) / ((1 + (low / f) ** 6) * (1 + (f / high) ** 6))
+    spectrum = rng.standard_normal((len(f), 2)).view(complex)[:, 0]
+    x = np.fft.irfft(spectrum * gain, size)[:n]
     return x / (x.std() + 1e-9)
 
 
 def _tone(frequency, harmonics=(1.0,)):
-    """Harmonics of a frequency in Hz that moves over time."""
-    phase = 2 * np.pi * np.cumsum(frequency) / SAMPLE_RATE
-    return sum(a * np.sin((k + 1) * phase) for k, a in enumerate(harmonics))
+    """Harmonics of a frequency in Hz that moves over time: one period, read at a moving speed."""
+    period = np.arange(4096) * 2 * np.pi / 4096
+    period = sum(a * np.sin((k + 1) * period) for k, a in enumerate(harmonics))
+    return period[(np.cumsum(frequency) * (4096 / SAMPLE_RATE)).astype(np.int64) % 4096]
 
 
 def _strokes(rng, t, rate, jitter):
@@ -304,27 +307,30 @@ def synth_clip(index, split="unlabelled", seconds=5.0):
         level = 10 ** (rng.uniform(-8, 14) / 20)                                # -8 to 14 dB
         waveform[onset:onset + length] += sound / (sound.std() + 1e-9) * level
         events.append((str(kind), onset / SAMPLE_RATE, (onset + length) / SAMPLE_RATE))
-    tail = np.arange(int(0.3 * SAMPLE_RATE)) / SAMPLE_RATE
-    room = rng.standard_normal(len(tail)) * np.exp(-tail * rng.uniform(15, 60)) * rng.uniform(0, 0.06)
+    size = -(-n // 4000) * 4000 + 4000
+    tail = np.arange(4000) / SAMPLE_RATE
+    room = rng.standard_normal(4000) * np.exp(-tail * rng.uniform(15, 60)) * rng.uniform(0, 0.06)
     room[0] = 1
-    f = np.fft.rfftfreq(n + len(room), 1 / SAMPLE_RATE)
-    microphone = np.interp(np.log2(f + 50), np.linspace(5.6, 13, 7), rng.normal(0, 5, 7))   # dB
-    gain = np.fft.rfft(room, n + len(room)) * 10 ** (microphone / 20)
-    waveform = np.fft.irfft(np.fft.rfft(waveform, n + len(room)) * gain, n + len(room))[:n]
+    microphone = np.interp(np.log2(np.fft.rfftfreq(size, 1 / SAMPLE_RATE) + 50),
+                           np.linspace(5.6, 13, 7), rng.normal(0, 5, 7))        # dB
+    response = np.fft.rfft(room, size) * 10 ** (microphone / 20)
+    waveform = np.fft.irfft(np.fft.rfft(waveform, size) * response, size)[:n]
     return to_int16(waveform / np.abs(waveform).max() * 10 ** (rng.uniform(-25, -1) / 20)), events
 
 
 class Synth:
-    """Synthetic clips without labels, made on the fly; an epoch has 20,000."""
+    """Synthetic clips without labels; an epoch has 2,000, each made once and then kept (320 MB)."""
 
     def __init__(self, seconds):
-        self.seconds = seconds
+        self.seconds, self.made = seconds, {}
 
     def __len__(self):
-        return 20_000
+        return 2000
 
     def clip(self, i, rng):
-        return synth_clip(i, "unlabelled", self.seconds)[0]
+        if i not in self.made:
+            self.made[i] = synth_clip(i, "unlabelled", self.seconds)[0]
+        return self.made[i]
 
 
 def open_source(data, seconds):
@@ -437,8 +443,8 @@ def shuffled(position, count, seed):
     while True:
         left, right = position >> half, position & (1 << half) - 1
         for round in range(4):
-            scrambled = zlib.crc32(f"{seed} {round} {right}".encode())
-            left, right = right, left ^ scrambled & (1 << half) - 1
+            digest = hashlib.blake2b(f"{seed} {round} {right}".encode(), digest_size=8).digest()
+            left, right = right, left ^ int.from_bytes(digest, "little") & (1 << half) - 1
         position = left << half | right
         if position < count:
             return position

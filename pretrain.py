@@ -217,7 +217,7 @@ def main(args):
         optimizer.load_state_dict(checkpoint["optimizer"])
         first = checkpoint["update"]
     else:
-        some = batches(source, 32, 32, args.seed, samples=samples)
+        some = batches(source, 32, 16, args.seed, samples=samples)
         frontend.measure((waveform.to(device), lengths.to(device)) for waveform, lengths, _ in
                          tqdm(some, "mean and deviation", disable=rank > 0, leave=False))
     trained = model if world == 1 else DistributedDataParallel(model)

@@ -1,0 +1,49 @@
+"""The three augmentations of fine-tuning, in the order they are applied (Sec. 4.1).
+
+Each takes its random numbers as an argument, uniform in [0, 1), and does nothing random itself: the
+same numbers give the same result on any device, and a whole batch is done at once.
+"""
+import math
+
+import torch
+
+
+def jitter(waveform, noise, limit=200):
+    """Temporal jittering: shift each waveform by -limit to limit samples, zeros moving in.
+
+    waveform (B, S), noise (B,) -> (B, S).
+    """
+    samples = waveform.shape[1]
+    shift = (noise * (2 * limit + 1)).long() - limit                            # (B,)
+    source = torch.arange(samples, device=waveform.device) - shift[:, None]     # (B, S)
+    inside = (source >= 0) & (source < samples)
+    return waveform.gather(1, source.clamp(0, samples - 1)) * inside
+
+
+def time_mask(log_mel, noise, padding_mask=None, share=0.2):
+    """SpecAugment, along time only: set one interval of up to `share` of each clip to 0, the mean.
+
+    Up to 2 s of 10 s (the paper's) is a share of 0.2. log_mel (B, T, 64), noise (B, 2) for width
+    and start, padding_mask (B, T) or None -> (B, T, 64).
+    """
+    B, T, _ = log_mel.shape
+    frames = log_mel.new_full((B,), T) if padding_mask is None else (~padding_mask).sum(1)
+    width = noise[:, 0] * share * frames
+    start = noise[:, 1] * (frames - width)
+    t = torch.arange(T, device=log_mel.device) + 0.5
+    hidden = (t > start[:, None]) & (t < (start + width)[:, None])              # (B, T)
+    return log_mel.masked_fill(hidden[:, :, None], 0)
+
+
+def mixup(log_mel, noise, order, padding_mask=None):
+    """Eq. 2: mix each clip x with another one x', the label staying that of x.
+
+    log_mel (B, T, 64); noise (B,) gives alpha by the inverse of the distribution function of
+    B(0.5, 0.5), sin^2(pi u / 2), and alpha >= 1 - alpha; order (B,) names each clip's x'. Where x'
+    is padding, x stays as it is. Returns (B, T, 64).
+    """
+    alpha = torch.sin(math.pi / 2 * noise).square()
+    alpha = torch.maximum(alpha, 1 - alpha)[:, None, None]
+    mixed = alpha * log_mel + (1 - alpha) * log_mel[order]
+    return mixed if padding_mask is None else torch.where(
+        padding_mask[order][:, :, None], log_mel, mixed)

@@ -1,0 +1,895 @@
+"""Tests, in the order of the modules: each concept once more, slowly and from its definition.
+
+Every formula is compared with numpy or plain Python that says what it means; the scripts are run as
+a user runs them, at a tiny size, in temporary folders.
+"""
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import augment
+import datasets
+import finetune
+import frontend
+import metrics
+import pretrain
+import wav2vec2
+from conformer import ConformerBlock, Dropout
+from datasets import InputError
+from frontend import LogMel, resample
+from metrics import accuracy, mean_average_precision
+from wav2vec2 import Wav2Vec2
+
+HERE = Path(__file__).parent
+SMALL = dict(width=16, blocks=2, heads=2, ffn=32, latent=16)     # a model for tests
+SMALL_OPTIONS = [x for name, value in SMALL.items() for x in (f"--{name}", str(value))]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def run(script, *options, code=0, processes=None, cwd=HERE):
+    """Run a script as its user does; returns what it printed."""
+    start = [sys.executable] if processes is None else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        f"--nproc_per_node={processes}"]
+    result = subprocess.run([*start, str(HERE / script), *map(str, options)], cwd=cwd, text=True,
+                            capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == code, result.stdout + result.stderr
+    return result.stdout if code == 0 else result.stderr
+
+
+def write_wav(path, seconds=1.0, rate=16_000, channels=1, frequency=440.0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    t = np.arange(int(seconds * rate)) / rate
+    wave = 0.3 * np.sin(2 * np.pi * frequency * t) + 0.01 * np.random.default_rng(0).normal(size=len(t))
+    soundfile.write(path, np.stack([wave] * channels, 1), rate)
+
+
+# --------------------------------------------------------------------------------------- frontend.py
+
+
+def hz_to_mel(f):
+    return f * 3 / 200 if f < 1000 else 15 + 27 * math.log(f / 1000) / math.log(6.4)
+
+
+def test_log_mel_is_the_definition():
+    """One frame at a time: window, Fourier sum, triangles, logarithm."""
+    rng = np.random.default_rng(0)
+    wave = rng.uniform(-1, 1, 3200)
+    padded = np.concatenate([np.zeros(512), wave, np.zeros(512)])
+    hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(1024) / 1024)
+    fourier = np.exp(-2j * np.pi * np.outer(np.arange(513), np.arange(1024)) / 1024)
+    top = hz_to_mel(8000)
+    frequencies = [k * 16000 / 1024 for k in range(513)]
+    edges = np.interp(np.linspace(0, top, 66), [hz_to_mel(f) for f in np.linspace(0, 8000, 400_001)],
+                      np.linspace(0, 8000, 400_001))
+    expected = np.empty((10, 64))
+    for t in range(10):
+        power = abs(fourier @ (padded[320 * t:320 * t + 1024] * hann)) ** 2
+        for m in range(64):
+            low, mid, high = edges[m:m + 3]
+            weights = [max(0, min((f - low) / (mid - low), (high - f) / (high - mid)))
+                       for f in frequencies]
+            expected[t, m] = math.log(max(1e-10, power @ weights * 2 / (high - low)))
+    got = LogMel()(torch.tensor(wave, dtype=torch.float32)[None])
+    assert got.shape == (1, 10, 64)
+    np.testing.assert_allclose(got[0].numpy(), expected, atol=2e-3)
+
+
+def test_log_mel_of_ten_seconds_and_of_short_waveforms():
+    assert LogMel()(torch.zeros(2, 160_000)).shape == (2, 500, 64)
+    assert LogMel()(torch.zeros(1, 1)).shape == (1, 1, 64)
+    with pytest.raises(ValueError, match="shape"):
+        LogMel()(torch.zeros(1, 0))
+
+
+def test_log_mel_reads_int16_like_floats():
+    wave = torch.randint(-32768, 32768, (2, 4000), dtype=torch.int16)
+    assert torch.equal(LogMel()(wave), LogMel()(wave.float() / 32768))
+
+
+def test_log_mel_of_a_clip_is_the_same_padded():
+    wave = torch.randn(1, 5000)
+    alone, padded = LogMel()(wave), LogMel()(torch.nn.functional.pad(wave, (0, 3000)))
+    torch.testing.assert_close(padded[:, :alone.shape[1]], alone)
+
+
+def test_measure_normalises_each_band_without_the_padding():
+    front, wave = LogMel(), torch.randn(4, 16_000) * torch.tensor([[0.1], [1], [2], [3]])
+    lengths = torch.tensor([16_000, 16_000, 8_000, 320])
+    raw = front(wave)
+    kept = torch.cat([raw[i, :n // 320] for i, n in enumerate(lengths)])
+    front.measure([(wave[:2], lengths[:2]), (wave[2:], lengths[2:])])
+    torch.testing.assert_close(front.mean, kept.mean(0), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(front.std, kept.std(0, correction=0), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(front(wave), (raw - front.mean) / front.std)
+
+
+@pytest.mark.parametrize("rates", [(44_100, 16_000), (48_000, 16_000), (8_000, 16_000),
+                                   (22_050, 16_000), (16_001, 16_000), (16_000, 44_100)])
+def test_resample_keeps_tones_and_their_time(rates):
+    """A tone comes out as the same tone at the new rate, to -60 dB, up to 90% of the band."""
+    source, target = rates
+    for share in (0.01, 0.5, 0.9):
+        f = share * min(rates) / 2
+        wave = torch.sin(2 * math.pi * f * torch.arange(source, dtype=torch.float64) / source)
+        out = resample(wave, source, target)
+        expected = torch.sin(2 * math.pi * f * torch.arange(target, dtype=torch.float64) / target)
+        assert len(out) == target
+        middle = slice(target // 4, 3 * target // 4)
+        error = (out - expected)[middle].square().mean().sqrt() / math.sqrt(0.5)
+        assert 20 * math.log10(error) < -60
+
+
+@pytest.mark.parametrize("source", [44_100, 48_000, 22_050])
+def test_resample_lets_nothing_alias(source):
+    for f in (8_010, 9_000, 0.49 * source):
+        wave = torch.sin(2 * math.pi * f * torch.arange(source, dtype=torch.float64) / source)
+        out = resample(wave, source, 16_000)[4_000:12_000]
+        assert 20 * math.log10(out.square().mean().sqrt() / math.sqrt(0.5)) < -60
+
+
+def test_resample_of_a_batch_and_of_odd_rates():
+    wave = torch.randn(2, 3, 500)
+    assert torch.equal(resample(wave, 16_000, 16_000), wave)
+    torch.testing.assert_close(resample(wave, 3, 2)[1, 2], resample(wave[1, 2], 3, 2))
+    with pytest.raises(ValueError, match="rates"):
+        resample(wave, 0, 16_000)
+
+
+# -------------------------------------------------------------------------------------- conformer.py
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_a_clip_is_the_same_alone_and_padded(norm):
+    block = ConformerBlock(16, 4, 32, 7, 0.1, norm).eval()
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(3, 20, 16)
+    lengths = [20, 11, 3]
+    padding = torch.arange(20) >= torch.tensor(lengths)[:, None]
+    padded = block(x, padding)
+    for i, n in enumerate(lengths):
+        assert (padded[i, :n] - block(x[i:i + 1, :n])[0]).abs().max() < 1e-5
+
+
+def test_block_is_the_definition():
+    """The five steps of Fig. 1b for one clip, in numpy."""
+    D, L, H, K = 8, 6, 2, 3
+    block = ConformerBlock(D, H, 16, K, 0.1).eval()
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    w = {name: value.detach().double().numpy() for name, value in block.named_parameters()}
+    sigmoid = lambda x: 1 / (1 + np.exp(-x))
+    linear = lambda x, name: x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def layer_norm(x, name):
+        x = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5)
+        return x * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def feed_forward(x, name):
+        hidden = linear(layer_norm(x, f"{name}.norm"), f"{name}.expand")
+        return linear(hidden * sigmoid(hidden), f"{name}.contract")
+
+    def convolution(x):
+        x = linear(layer_norm(x, "convolution.norm"), "convolution.expand")
+        x = x[:, :D] * sigmoid(x[:, D:])
+        weight, out = w["convolution.depthwise.weight"], np.zeros((L, D))
+        for t in range(L):
+            for k in range(K):
+                if 0 <= t + k - K // 2 < L:
+                    out[t] += x[t + k - K // 2] * weight[:, 0, k]
+        x = out + w["convolution.depthwise.bias"]
+        x = (x - x.mean()) / np.sqrt(x.var() + 1e-5)
+        x = x * w["convolution.depthwise_norm.weight"] + w["convolution.depthwise_norm.bias"]
+        return linear(x * sigmoid(x), "convolution.contract")
+
+    def attention(x):
+        q, k, v = np.split(linear(layer_norm(x, "attention.norm"), "attention.query_key_value"), 3, 1)
+        heads = []
+        for h in range(H):
+            part = slice(h * D // H, (h + 1) * D // H)
+            scores = np.exp(q[:, part] @ k[:, part].T / math.sqrt(D / H))
+            heads.append(scores / scores.sum(1, keepdims=True) @ v[:, part])
+        return linear(np.concatenate(heads, 1), "attention.output")
+
+    x = np.random.default_rng(0).normal(size=(L, D))
+    y = x + 0.5 * feed_forward(x, "feed_forward1")
+    y = y + convolution(y)
+    y = y + attention(y)
+    y = y + 0.5 * feed_forward(y, "feed_forward2")
+    got = block(torch.tensor(x, dtype=torch.float32)[None])[0].detach().numpy()
+    np.testing.assert_allclose(got, layer_norm(y, "norm"), atol=1e-4)
+
+
+def test_dropout_drops_its_share_in_training_only():
+    x = torch.ones(1000, 300, requires_grad=True)
+    y = Dropout(0.1)(x)
+    dropped = (y == 0).float().mean().item()
+    assert abs(dropped - 0.1) < 0.003
+    torch.testing.assert_close(y[y != 0], torch.full_like(y[y != 0], 1 / 0.9))
+    y.sum().backward()
+    assert torch.equal(x.grad == 0, y == 0)
+    assert torch.equal(Dropout(0.1).eval()(x), x)
+    rows = (y == 0).float()                                     # no pattern from one row to the next
+    assert abs(torch.corrcoef(torch.stack([rows[:-1].flatten(), rows[1:].flatten()]))[0, 1]) < 0.01
+
+
+def test_block_drops_in_training_and_not_in_evaluation():
+    block, x = ConformerBlock(16, 4, 32, 7, 0.1), torch.randn(2, 9, 16)
+    assert not torch.equal(block(x), block(x))
+    block.eval()
+    assert torch.equal(block(x), block(x))
+    assert {module.p for module in block.modules() if isinstance(module, torch.nn.Dropout)} == {0.1}
+
+
+def test_impossible_blocks_are_refused():
+    with pytest.raises(ValueError, match="heads"):
+        ConformerBlock(16, 3, 32, 7, 0.1)
+    with pytest.raises(ValueError, match="odd"):
+        ConformerBlock(16, 4, 32, 8, 0.1)
+
+
+# --------------------------------------------------------------------------------------- wav2vec2.py
+
+
+@pytest.mark.parametrize("size, changes, count", [
+    ("small", {}, 18_427_904 + 512), ("large", {}, 88_132_096 + 512),
+    ("large", dict(blocks=8), 58_912_256 + 512), ("large", dict(blocks=20), 146_571_776 + 512)])
+def test_parameter_counts_of_the_paper(size, changes, count):
+    """18.4, 88.1, 58.9 and 146.6 million; 512 are those of the LayerNorm on the latents."""
+    with torch.device("meta"):
+        assert sum(p.numel() for p in Wav2Vec2(size, **changes).parameters()) == count
+
+
+def test_feature_encoder_stacks_four_frames_and_fills_the_last():
+    encoder = wav2vec2.FeatureEncoder(4, 8)
+    log_mel = torch.randn(1, 10, 64)
+    z, _ = encoder(log_mel)
+    stacked = torch.cat([log_mel[0, 8], log_mel[0, 9], torch.zeros(128)])
+    torch.testing.assert_close(z[0, 2], encoder.norm(encoder.linear(stacked)))
+    z_padded, padding = encoder(torch.cat([log_mel, torch.randn(1, 6, 64)], 1),
+                                torch.arange(16)[None] >= 10)
+    torch.testing.assert_close(z_padded[:, :3], z)
+    assert padding.tolist() == [[False, False, False, True]]
+
+
+def slow_span_mask(noise, share, span, length):
+    """Spans in the order of their noise until enough is masked, one step at a time."""
+    wanted = min(max(round(share * length), span + 1), length)
+    mask = [False] * len(noise)
+    for start in sorted(range(max(length - span, 0) + 1), key=lambda s: -noise[s]):
+        for t in range(start, min(start + span, length)):
+            if sum(mask) < wanted:
+                mask[t] = True
+    return mask
+
+
+@pytest.mark.parametrize("share, span", [(0.3, 3), (0.5, 1), (0.65, 10)])
+def test_span_mask_is_the_definition(share, span):
+    lengths = [125, 60, 31, 4, 2, 1]
+    noise = torch.rand(6, 125)
+    padding = torch.arange(125) >= torch.tensor(lengths)[:, None]
+    mask = wav2vec2.span_mask(noise, share, span, padding)
+    for i, n in enumerate(lengths):
+        assert mask[i].tolist() == slow_span_mask(noise[i].tolist(), share, span, n)
+
+
+def test_span_mask_hides_three_tenths_in_spans():
+    mask = wav2vec2.span_mask(torch.rand(500, 125), 0.3, 3)
+    assert (mask.sum(1) == 38).all()                            # 30% of 125, in every clip
+    runs = [len(run) for row in mask for run in "".join("x" if m else " " for m in row).split()]
+    assert sum(n >= 3 for n in runs) / len(runs) > 0.9          # one span a clip may be cut short
+
+
+def test_distractors_are_other_masked_steps_of_the_clip():
+    mask = torch.arange(40) < torch.tensor([30, 7, 2])[:, None]
+    mask = mask[:, torch.randperm(40)]
+    steps, valid = wav2vec2.masked_steps(mask)
+    for row, (step, ok) in zip(mask, zip(steps, valid)):
+        assert step[ok].tolist() == row.nonzero()[:, 0].tolist()
+    distractors = wav2vec2.sample_distractors(torch.rand(3, 30, 2000), valid)
+    for i, count in enumerate([30, 7, 2]):
+        for m in range(count):
+            drawn = distractors[i, m]
+            assert m not in drawn and drawn.max() < count       # never itself, never padding
+            frequency = torch.bincount(drawn, minlength=count) / 2000
+            expected = torch.full((count,), 1 / (count - 1))
+            expected[m] = 0
+            assert (frequency - expected).abs().max() < 5 * math.sqrt(0.25 / 2000)
+
+
+def test_contrastive_loss_is_equation_1():
+    B, M, C, K = 2, 5, 4, 7
+    context, targets = torch.randn(B, M, C), torch.randn(B, M, C)
+    valid = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    distractors = wav2vec2.sample_distractors(torch.rand(B, M, K), valid)
+    loss, at = wav2vec2.contrastive_loss(context, targets, distractors, valid, temperature=0.1)
+    sim = lambda a, b: float(a @ b / (a.norm() * b.norm()))
+    for b in range(B):
+        for m in range(M):
+            right = sim(context[b, m], targets[b, m]) / 0.1
+            wrong = [sim(context[b, m], targets[b, j]) / 0.1 for j in distractors[b, m]]
+            expected = -math.log(math.exp(right) / sum(map(math.exp, [right, *wrong])))
+            assert loss[b, m].item() == pytest.approx(expected * bool(valid[b, m]), abs=1e-4)
+            if valid[b, m]:
+                assert at["correct"][b, m].item() == (right > max(wrong))
+                assert at["chance"][b, m].item() == pytest.approx(
+                    1 / (1 + len(set(distractors[b, m].tolist()))))
+
+
+def test_equal_distractors_are_left_out_and_hopeless_steps_dropped():
+    context, targets = torch.randn(1, 4, 8), torch.randn(1, 4, 8)
+    targets[0, 1] = targets[0, 0]
+    distractors = torch.tensor([[[1, 1], [0, 2], [0, 3], [0, 1]]])
+    loss, at = wav2vec2.contrastive_loss(context, targets, distractors)
+    assert at["counts"].tolist() == [[False, True, True, True]]
+    assert at["duplicates"].tolist() == [[1.0, 0.5, 0.0, 0.0]]
+    only_2, _ = wav2vec2.contrastive_loss(context, targets, torch.tensor([[[1], [2], [0], [0]]]))
+    assert loss[0, 0] == 0 and loss[0, 1].item() == pytest.approx(only_2[0, 1].item())
+
+
+def test_collapsed_latents_give_no_reward():
+    """Latents all but equal cost log(101), whatever the context; equal ones do not count at all."""
+    context, valid = torch.randn(2, 10, 8), torch.ones(2, 10, dtype=torch.bool)
+    distractors = wav2vec2.sample_distractors(torch.rand(2, 10, 100), valid)
+    nearly = torch.ones(2, 10, 8) + 1e-4 * torch.randn(2, 10, 8)
+    loss, _ = wav2vec2.contrastive_loss(context, nearly, distractors, valid)
+    torch.testing.assert_close(loss, torch.full((2, 10), math.log(101)), atol=2e-2, rtol=0)
+    _, at = wav2vec2.contrastive_loss(context, torch.ones(2, 10, 8), distractors, valid)
+    assert not at["counts"].any() and (at["duplicates"] == 1).all()
+
+
+def test_targets_are_the_unmasked_latents():
+    """Were they taken after masking, a masked step would be no target of its own any more."""
+    model = Wav2Vec2("tiny", **SMALL).eval()
+    log_mel, noise = torch.randn(1, 40, 64), torch.rand(1, 10, 101)
+    seen = {}
+    original = wav2vec2.contrastive_loss
+    try:
+        wav2vec2.contrastive_loss = lambda context, targets, *rest: (
+            seen.update(targets=targets) or original(context, targets, *rest))
+        model(log_mel, noise=noise)
+    finally:
+        wav2vec2.contrastive_loss = original
+    mask = wav2vec2.span_mask(noise[:, :, 0], 0.3, 3)
+    z, _ = model.features(log_mel)
+    assert torch.equal(seen["targets"][0], z[mask])
+
+
+def test_context_does_not_see_what_is_masked():
+    model = Wav2Vec2("tiny", **SMALL).eval()
+    log_mel, noise = torch.randn(1, 40, 64), torch.rand(1, 10, 101)
+    mask = wav2vec2.span_mask(noise[:, :, 0], 0.3, 3)[0]
+    changed = log_mel.clone()
+    changed[0, mask.repeat_interleave(4)] = torch.randn(int(mask.sum()) * 4, 64)
+    outputs = []
+    model.output.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    first, second = model(log_mel, noise=noise), model(changed, noise=noise)
+    torch.testing.assert_close(outputs[0], outputs[1])
+    assert first.loss != second.loss
+
+
+def test_pretraining_result_is_the_same_padded():
+    """A clip's loss does not depend on the padding behind it."""
+    model = Wav2Vec2("tiny", **SMALL).eval()
+    log_mel, noise = torch.randn(1, 80, 64), torch.rand(1, 30, 101)
+    alone = model(log_mel, noise=noise[:, :20])
+    padded = model(torch.cat([log_mel, torch.randn(1, 40, 64)], 1),
+                   torch.arange(120)[None] >= 80, noise)
+    for name in alone._fields:
+        assert getattr(padded, name).item() == pytest.approx(getattr(alone, name).item(), abs=1e-5)
+
+
+def test_health_figures_are_the_definitions():
+    model = Wav2Vec2("tiny", **SMALL)
+    log_mel, noise = torch.randn(2, 80, 64), torch.rand(2, 20, 101)
+    result = model.eval()(log_mel, noise=noise)
+    mask = wav2vec2.span_mask(noise[:, :, 0], 0.3, 3)
+    z, _ = model.features(log_mel)
+    clips = [clip[m].detach().numpy() for clip, m in zip(z, mask)]
+    cosines = [a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+               for clip in clips for i, a in enumerate(clip) for j, b in enumerate(clip) if i != j]
+    assert result.latent_cosine.item() == pytest.approx(np.mean(cosines), abs=1e-5)
+    assert result.latent_std.item() == pytest.approx(
+        np.sqrt(np.mean([clip.var(0).mean() for clip in clips])), abs=1e-5)
+    assert result.masked.item() == pytest.approx(6 / 20)
+    assert result.count == 12 and result.dropped == 0 and result.duplicates == 0
+
+
+def test_silence_is_reported_and_harmless():
+    result = Wav2Vec2("tiny", **SMALL)(torch.zeros(2, 40, 64))
+    assert result.count == 0 and result.dropped == 8 and result.duplicates == 1
+    result.loss.backward()                                      # and no error, no NaN
+
+
+def test_impossible_models_are_refused():
+    for changes, word in ((dict(size="huge"), "huge"), (dict(depth=3), "depth"),
+                          (dict(heads=5), "heads"), (dict(mask=1.5), "mask"), (dict(blocks=0), "blocks")):
+        with pytest.raises(ValueError, match=word):
+            Wav2Vec2(**{"size": "tiny", **changes})
+
+
+# --------------------------------------------------------------------------------------- datasets.py
+
+
+@pytest.mark.parametrize("suffix, rate, channels", [
+    ("wav", 44_100, 2), ("flac", 48_000, 6), ("ogg", 22_050, 1), ("opus", 48_000, 2),
+    ("mp3", 44_100, 2), ("wav", 8_000, 1)])
+def test_read_audio_of_any_format_rate_and_channels(tmp_path, suffix, rate, channels):
+    path = tmp_path / f"tone.{suffix}"
+    t = np.arange(rate) / rate
+    tone = 0.5 * np.sin(2 * np.pi * 440 * t)
+    soundfile.write(path, np.stack([tone] * channels, 1), rate,
+                    **(dict(format="OGG", subtype="OPUS") if suffix == "opus" else {}))
+    wave = datasets.read_audio(path)
+    assert len(wave) == pytest.approx(16_000, abs=100)
+    spectrum = abs(np.fft.rfft(wave[:15_000]))
+    assert spectrum.argmax() * 16_000 / 15_000 == pytest.approx(440, abs=2)
+    assert np.std(wave) == pytest.approx(0.5 / math.sqrt(2), rel=0.03)
+    if suffix in ("wav", "flac"):
+        part = datasets.read_audio(path, 0.25, 0.5)
+        np.testing.assert_allclose(part[500:7500], wave[4500:11500], atol=1e-3)
+
+
+def bad_files(folder):
+    """One of each kind of unusable file, and the word that its error has to hold."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "text.wav").write_text("this is no audio")
+    (folder / "nothing.wav").write_bytes(b"")
+    soundfile.write(folder / "empty.wav", np.zeros(0), 16_000)
+    soundfile.write(folder / "nan.wav", np.full(16_000, np.nan), 16_000, subtype="FLOAT")
+    write_wav(folder / "cut.wav")
+    (folder / "cut.wav").write_bytes((folder / "cut.wav").read_bytes()[:9000])
+    write_wav(folder / "cut.flac")
+    (folder / "cut.flac").write_bytes((folder / "cut.flac").read_bytes()[:9000])
+    return {"text.wav": "not readable", "nothing.wav": "not readable", "empty.wav": "no sound",
+            "nan.wav": "not finite", "cut.wav": "cut off", "cut.flac": "not readable",
+            "missing.wav": "no such file"}
+
+
+def test_bad_files_are_named_with_their_fault(tmp_path):
+    for name, word in bad_files(tmp_path).items():
+        with pytest.raises(InputError, match=f"{name}.*{word}"):
+            datasets.read_audio(tmp_path / name)
+
+
+def test_pack_keeps_every_good_file_and_lists_the_bad(tmp_path):
+    bad = bad_files(tmp_path / "in" / "bad")
+    for i in range(5):
+        write_wav(tmp_path / "in" / str(i % 2) / f"{i}.wav", 1 + i, frequency=200 * (i + 1))
+    soundfile.write(tmp_path / "in" / "silent.wav", np.zeros(16_000), 16_000)
+    printed = run("datasets.py", "pack", tmp_path / "in", tmp_path / "out", "--workers", 1,
+                  "--shard-hours", 0.001)
+    assert "5 recordings" in printed and "7 skipped" in printed
+    index = np.load(tmp_path / "out" / "index.npy")
+    names = (tmp_path / "out" / "names.txt").read_text().split()
+    assert names == ["0/0.wav", "0/2.wav", "0/4.wav", "1/1.wav", "1/3.wav"]
+    for name, (shard, start, length) in zip(names, index):
+        samples = np.fromfile(tmp_path / "out" / f"shard_{shard:05}.int16", "<i2")
+        expected = datasets.to_int16(datasets.read_audio(tmp_path / "in" / name))
+        np.testing.assert_array_equal(samples[start:start + length], expected)
+    assert len({shard for shard, _, _ in index}) > 1
+    skipped = (tmp_path / "out" / "skipped.txt").read_text()
+    assert all(name in skipped for name in bad if name != "missing.wav") and "silent" in skipped
+    assert "already" in run("datasets.py", "pack", tmp_path / "in", tmp_path / "out", code=2)
+
+
+@pytest.mark.parametrize("kind", [datasets.Packed, datasets.Folder])
+def test_crops_come_from_all_over_the_recordings(tmp_path, kind):
+    """A recording of 9 s is worth four crops of 2 s an epoch, one of half a second none."""
+    ramp = np.arange(9 * 16_000) / (9 * 16_000) * 0.9
+    soundfile.write(tmp_path / "ramp.wav", ramp, 16_000)
+    write_wav(tmp_path / "short.wav", 1.5)
+    write_wav(tmp_path / "tiny.wav", 0.5)
+    if kind is datasets.Packed:
+        datasets.pack(tmp_path, tmp_path / "out", workers=1)
+    source = kind(tmp_path / "out" if kind is datasets.Packed else tmp_path, 2.0)
+    assert len(source) == 5
+    starts = [source.clip(i % 4, np.random.default_rng(i))[0] / 32768 / 0.9 * 9 for i in range(60)]
+    assert 0 <= min(starts) < 1 and 6 < max(starts) <= 7.001
+    assert len(source.clip(0, np.random.default_rng(0))) == 32_000
+    assert len(source.clip(4, np.random.default_rng(0))) == 24_000
+
+
+def test_synth_clips_are_what_their_events_say():
+    counts = dict.fromkeys(datasets.KINDS, 0)
+    for i in range(150):
+        wave, events = datasets.synth_clip(i, "train")
+        assert wave.dtype == np.int16 and len(wave) == 80_000 and 1 <= len(events) <= 3
+        assert all(0 <= onset < offset <= 5 for _, onset, offset in events)
+        for kind, _, _ in events:
+            counts[kind] += 1
+    assert counts["footsteps"] > 2 * counts["siren"] > 0        # classes are unbalanced
+    again, _ = datasets.synth_clip(149, "train")
+    assert np.array_equal(wave, again)
+    assert not np.array_equal(wave, datasets.synth_clip(149, "test")[0])
+
+
+def test_synth_events_are_where_they_are_said_to_be():
+    """On average, there is more power while an event sounds than outside all of them."""
+    ratios = []
+    for i in range(40):
+        wave, events = datasets.synth_clip(i)
+        inside = np.zeros(len(wave), bool)
+        for _, onset, offset in events:
+            inside[int(onset * 16_000):int(offset * 16_000)] = True
+        if not inside.all():
+            power = wave.astype(float) ** 2
+            ratios.append(np.log(power[inside].mean() / power[~inside].mean()))
+    assert np.mean(ratios) > 0.5
+
+
+def write_esc50(root):
+    """ESC-50's layout in miniature: 3 classes, 5 folds, 2 clips of each; 2 classes are ESC-10's."""
+    lines = ["filename,fold,target,category,esc10,src_file,take"]
+    for fold in range(1, 6):
+        for target, (category, esc10) in enumerate([("dog", True), ("rain", True), ("keys", False)]):
+            for take in "AB":
+                name = f"{fold}-{100 + target}-{take}-{target}.wav"
+                write_wav(root / "audio" / name, 0.5 + 0.1 * fold, 44_100, frequency=300 * 3 ** target)
+                lines.append(f"{name},{fold},{target},{category},{esc10},{100 + target},{take}")
+    (root / "meta").mkdir()
+    (root / "meta" / "esc50.csv").write_text("\n".join(lines) + "\n")
+
+
+def test_esc50_layout(tmp_path):
+    write_esc50(tmp_path)
+    all_of_it, part = datasets.esc50(tmp_path), datasets.esc50(tmp_path, esc10=True)
+    assert (len(all_of_it), len(part)) == (30, 20)
+    assert part.classes == ["dog", "rain"] and part.metric == "accuracy"
+    assert part.labels.sum(0).tolist() == [10, 10]
+    assert np.bincount(part.folds).tolist() == [0, 4, 4, 4, 4, 4]
+    i = part.names.index("3-101-B-1.wav")
+    assert part.labels[i].tolist() == [0, 1] and len(part.waveforms[i]) == pytest.approx(12_800, abs=1)
+    table = tmp_path / "meta" / "esc50.csv"
+    table.write_text(table.read_text().replace("category", "kategorie"))
+    with pytest.raises(InputError, match="category"):
+        datasets.esc50(tmp_path)
+
+
+def labelled(counts, metric="accuracy"):
+    labels = np.repeat(np.eye(len(counts)), counts, axis=0)
+    return datasets.Labelled([np.zeros(10, np.int16)] * len(labels), labels,
+                             list("abcdefg"[:len(counts)]), list(map(str, range(len(labels)))),
+                             np.arange(len(labels)) % 5 + 1, metric)
+
+
+def test_fraction_keeps_all_classes_and_is_nested():
+    data = labelled([30, 9, 1])
+    third, tenth = data.fraction(1 / 3, seed=1), data.fraction(0.1, seed=1)
+    assert third.labels.sum(0).tolist() == [10, 3, 1]
+    assert tenth.labels.sum(0).tolist() == [3, 1, 1]
+    assert set(tenth.names) < set(third.names)
+    assert set(third.names) != set(data.fraction(1 / 3, seed=2).names)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 64, 1000])
+def test_shuffled_is_a_permutation(count):
+    order = [datasets.shuffled(i, count, "0 0") for i in range(count)]
+    assert sorted(order) == list(range(count))
+    if count > 7:
+        assert order != sorted(order) and order != [datasets.shuffled(i, count, "0 1") for i in range(count)]
+
+
+def test_batches_do_not_depend_on_processes_or_history():
+    class Source:
+        def __len__(self):
+            return 10
+
+        def clip(self, i, rng):
+            return rng.integers(-9, 9, i + 1).astype(np.int16)
+
+    whole = list(datasets.batches(Source(), 4, 5, seed=3, samples=10))
+    assert sorted(torch.cat([numbers for _, _, numbers in whole])[:10].tolist()) == list(range(10))
+    halves = [list(datasets.batches(Source(), 4, 5, 3, first=2, rank=r, world=2, samples=10))
+              for r in range(2)]
+    for u in range(3):
+        for part in range(3):
+            assert torch.equal(whole[u + 2][part], torch.cat([half[u][part] for half in halves]))
+    waveform, lengths, numbers = whole[0]
+    assert torch.equal(lengths, numbers + 1)
+    assert all((row[n:] == 0).all() for row, n in zip(waveform, lengths))
+
+
+# ---------------------------------------------------------------------------------------- augment.py
+
+
+def test_jitter_shifts_by_up_to_200_samples():
+    wave = torch.arange(1, 1001, dtype=torch.int16).repeat(3, 1)
+    out = augment.jitter(wave, torch.tensor([0.0, 0.5, 0.9999]))
+    assert torch.equal(out[0, :800], wave[0, 200:]) and (out[0, 800:] == 0).all()
+    assert torch.equal(out[1], wave[1])
+    assert torch.equal(out[2, 200:], wave[2, :800]) and (out[2, :200] == 0).all()
+
+
+def test_time_mask_hides_one_interval_within_the_clip():
+    noise = torch.rand(200, 2)
+    padding = torch.arange(100) >= torch.full((200, 1), 50)
+    for frames, mask in ((100, None), (50, padding)):
+        hidden = (augment.time_mask(torch.ones(200, 100, 64), noise, mask) == 0)
+        assert torch.equal(hidden.any(2), hidden.all(2))
+        for row, (width, start) in zip(hidden[:, :, 0], noise):
+            inside = row.nonzero()[:, 0].tolist()
+            assert abs(len(inside) - width * 0.2 * frames) <= 1
+            assert inside == list(range(inside[0], inside[-1] + 1)) if inside else True
+            assert all(t < frames for t in inside)
+
+
+def test_mixup_is_equation_2():
+    x, noise, order = torch.randn(4, 6, 64), torch.rand(4), torch.tensor([2, 0, 3, 1])
+    padding = torch.arange(6) >= torch.tensor([6, 6, 4, 6])[:, None]
+    out = augment.mixup(x, noise, order, padding)
+    for i in range(4):
+        alpha = math.sin(math.pi * noise[i] / 2) ** 2
+        alpha = max(alpha, 1 - alpha)
+        expected = alpha * x[i] + (1 - alpha) * x[order[i]]
+        if order[i] == 2:                                       # the other has ended: x stays alone
+            expected[4:] = x[i, 4:]
+        torch.testing.assert_close(out[i], expected)
+    big = augment.mixup(torch.ones(20_000, 1, 1).cumsum(0) * 0 + torch.tensor([[[1.0]]]),
+                        torch.rand(20_000), torch.arange(20_000))
+    torch.testing.assert_close(big, torch.ones_like(big))
+
+
+def test_mixup_draws_from_the_beta_distribution():
+    noise = torch.rand(50_000)
+    x = torch.cat([torch.ones(25_000, 1, 1), torch.zeros(25_000, 1, 1)])
+    alpha = augment.mixup(x, noise, torch.arange(50_000).roll(25_000))[:25_000].flatten().numpy()
+    drawn = np.random.default_rng(0).beta(0.5, 0.5, 25_000)
+    drawn = np.maximum(drawn, 1 - drawn)
+    quantiles = np.linspace(0.05, 0.95, 10)
+    np.testing.assert_allclose(np.quantile(alpha, quantiles), np.quantile(drawn, quantiles), atol=0.01)
+
+
+# ---------------------------------------------------------------------------------------- metrics.py
+
+
+def slow_average_precision(scores, labels):
+    """At each distinct score: precision among all that score as high, weighted by what it adds."""
+    total, result = sum(labels), 0.0
+    for threshold in sorted(set(scores), reverse=True):
+        above = [label for score, label in zip(scores, labels) if score >= threshold]
+        here = sum(label for score, label in zip(scores, labels) if score == threshold)
+        result += here / total * sum(above) / len(above)
+    return result
+
+
+@pytest.mark.parametrize("kind", ["random", "tied", "constant"])
+def test_mean_average_precision_is_the_definition(kind):
+    rng = np.random.default_rng(0)
+    scores = {"random": rng.normal(size=(60, 5)), "tied": rng.integers(0, 4, (60, 5)),
+              "constant": np.zeros((60, 5))}[kind].astype(float)
+    labels = rng.random((60, 5)) < 0.2
+    labels[:, 3] = False                                        # a class that nobody has
+    labels[:, 4] = True
+    expected = np.mean([slow_average_precision(scores[:, c], labels[:, c]) for c in (0, 1, 2, 4)])
+    assert mean_average_precision(scores, labels) == pytest.approx(expected)
+    assert mean_average_precision(torch.tensor(scores), torch.tensor(labels)) == pytest.approx(expected)
+
+
+def test_accuracy_counts_right_answers():
+    scores = [[0.1, 0.9, 0.0], [2.0, 1.0, -1.0], [0.0, 0.0, 5.0], [1.0, 0.5, 0.2]]
+    assert accuracy(scores, np.eye(3)[[1, 0, 0, 0]]) == 0.75
+    assert accuracy(torch.tensor(scores), torch.eye(3)[[1, 0, 0, 0]]) == 0.75
+
+
+def test_metrics_refuse_what_has_no_answer():
+    with pytest.raises(ValueError, match="no clip"):
+        mean_average_precision(np.ones((3, 2)), np.zeros((3, 2)))
+    with pytest.raises(ValueError, match="not a number"):
+        accuracy([[math.nan, 1.0]], [[1, 0]])
+    with pytest.raises(ValueError, match="N, C"):
+        accuracy(np.zeros((3, 2)), np.zeros((2, 2)))
+
+
+# ----------------------------------------------------------------------- pretrain.py and finetune.py
+
+
+def test_learning_rates_are_the_papers():
+    rates = [pretrain.learning_rate(u, 3e-4, 10_000, 300_000) for u in range(0, 300_001, 5_000)]
+    assert rates[1] == pytest.approx(1.5e-4, rel=1e-3) and rates[2] == pytest.approx(3e-4)
+    assert rates[31] == pytest.approx(1.5e-4) and rates[60] == 0
+    stages = [finetune.three_stages(u, 100, 1.0) for u in range(101)]
+    assert stages[0] == pytest.approx(0.01) and stages[15] == pytest.approx(0.505)
+    assert stages[30:60] == [1.0] * 30
+    assert stages[80] == pytest.approx(math.sqrt(0.05)) and stages[100] == pytest.approx(0.05)
+
+
+def test_linear_softmax_is_the_definition():
+    p = torch.rand(2, 5, 3)
+    padding = torch.arange(5) >= torch.tensor([5, 3])[:, None]
+    pooled = finetune.linear_softmax(p, padding)
+    for b, n in ((0, 5), (1, 3)):
+        for c in range(3):
+            column = p[b, :n, c].tolist()
+            assert pooled[b, c].item() == pytest.approx(sum(v * v for v in column) / sum(column))
+    assert finetune.linear_softmax(torch.zeros(1, 4, 1)).item() == pytest.approx(1e-7)
+
+
+@pytest.mark.parametrize("head", ["mean", "frames"])
+def test_classifier_gives_a_clip_the_same_answer_padded(head):
+    model = finetune.Classifier(Wav2Vec2("tiny", **SMALL), 3, head).eval()
+    log_mel = torch.randn(1, 22, 64)
+    padded = model(torch.cat([log_mel, torch.randn(1, 9, 64)], 1), torch.arange(31)[None] >= 22)
+    torch.testing.assert_close(padded, model(log_mel), atol=1e-5, rtol=1e-5)
+    if head == "frames":
+        frames, _ = model.frame_logits(log_mel)
+        torch.testing.assert_close(model(log_mel).sigmoid(), finetune.linear_softmax(frames.sigmoid()))
+
+
+def test_split_never_trains_on_what_it_tests():
+    data = labelled([20, 20])
+    for validate in (False, True):
+        args = finetune.parse(["--validate"] if validate else [])
+        seen = []
+        for fold in range(1, 6):
+            training, test = finetune.split(data, fold, 1.0, args)
+            assert not set(training.names) & set(test.names)
+            assert len(training) == (24 if validate else 32) and len(test) == 8
+            assert fold not in training.folds and (fold in test.folds) == (not validate)
+            seen += test.names
+        assert len(set(seen)) == 40
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A run of pretrain.py on a packed folder: its options and its folder."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    for i in range(6):
+        wave, _ = datasets.synth_clip(i)
+        (folder / "in").mkdir(exist_ok=True)
+        soundfile.write(folder / "in" / f"{i}.flac", wave, 16_000)
+    run("datasets.py", "pack", folder / "in", folder / "packed", "--workers", 1)
+    options = ["--data", folder / "packed", *SMALL_OPTIONS, "--seconds", 2, "--batch-size", 4,
+               "--updates", 6, "--log-every", 2]
+    run("pretrain.py", *options, "--out", folder / "run")
+    return options, folder / "run"
+
+
+def read_log(run):
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def test_pretraining_writes_log_and_checkpoint(pretrained):
+    _, folder = pretrained
+    log = read_log(folder)
+    assert [line["update"] for line in log] == [2, 4, 6]
+    assert set(wav2vec2.Pretraining._fields) | {"lr", "gradient_norm", "clips_per_second"} <= set(log[0])
+    assert all(math.isfinite(value) for line in log for value in line.values())
+    checkpoint = pretrain.load_checkpoint(folder)
+    assert checkpoint["update"] == 6 and checkpoint["settings"]["width"] == 16
+    front = LogMel()
+    front.load_state_dict(checkpoint["frontend"])
+    assert front.mean.abs().max() > 1                           # measured, not the initial zeros
+
+
+def test_pretraining_learns():
+    """On tones that step regularly, what is masked can be told from what is heard."""
+    model = Wav2Vec2("tiny", **{**SMALL, "dropout": 0.0}).train()
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    bands = torch.arange(64)
+    for update in range(150):
+        start, step = torch.randint(0, 8, (2, 16, 1))
+        band = (start + (1 + step % 3) * (torch.arange(80) // 4)) % 16 * 4
+        result = model((-(bands - band[:, :, None]).square() / 8.0).exp() * 3)
+        result.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert result.accuracy > 3 * result.chance
+
+
+def test_resume_goes_on_where_the_run_stopped(pretrained, tmp_path):
+    options, whole = pretrained
+    options = [*options, "--out", tmp_path / "run", "--checkpoint-every", 4]
+    # The full run, but killed: the checkpoint of update 4 is there, that of update 6 is not.
+    script = ("import pretrain, sys; save = pretrain.save_checkpoint\n"
+              "def stop(path, **content): save(path, **content); sys.exit(9)\n"
+              "pretrain.save_checkpoint = stop; pretrain.main(pretrain.parse(sys.argv[1:]))")
+    killed = subprocess.run([sys.executable, "-c", script, *map(str, options)], cwd=HERE,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
+    assert killed.returncode == 9
+    assert pretrain.load_checkpoint(tmp_path / "run")["update"] == 4
+    run("pretrain.py", *options, "--resume")
+    one, other = pretrain.load_checkpoint(whole), pretrain.load_checkpoint(tmp_path / "run")
+    assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
+    for a, b in zip(read_log(whole), read_log(tmp_path / "run")):
+        assert {**a, "clips_per_second": 0} == {**b, "clips_per_second": 0}
+
+
+def test_two_processes_train_as_one(pretrained, tmp_path):
+    """The same clips, masks and distractors, so but for dropout and rounding the same weights."""
+    options, _ = pretrained
+    options = [*options, "--dropout", 0]
+    run("pretrain.py", *options, "--out", tmp_path / "one")
+    run("pretrain.py", *options, "--out", tmp_path / "two", "--workers", 1, processes=2)
+    one, two = (pretrain.load_checkpoint(tmp_path / name)["model"] for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=1e-4, rtol=1e-3)
+
+
+def test_pretraining_from_a_folder_and_from_synth(tmp_path):
+    write_wav(tmp_path / "in" / "a.wav", 5)
+    write_wav(tmp_path / "in" / "b.mp3", 3, 44_100)
+    for i, data in enumerate((tmp_path / "in", "synth")):
+        run("pretrain.py", "--data", data, *SMALL_OPTIONS, "--seconds", 1, "--batch-size", 2,
+            "--updates", 2, "--out", tmp_path / str(i))
+        assert read_log(tmp_path / str(i))[-1]["update"] == 2
+
+
+def test_fine_tuning_over_folds_from_a_checkpoint(pretrained, tmp_path):
+    write_esc50(tmp_path)
+    for options in ([], ["--freeze", "--head", "frames", "--augment", "jitter", "time_mask", "mixup"]):
+        printed = run("finetune.py", "--data", "esc50", "--root", tmp_path, "--init", pretrained[1],
+                      "--fold", "all", "--fraction", 1, 0.5, "--updates", 3, "--batch-size", 4,
+                      "--out", tmp_path / "run", *options)
+        assert printed.count("mean accuracy over 5 folds") == 2
+    results = [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
+    assert [line["fold"] for line in results] == [1, 2, 3, 4, 5] * 4
+    assert [line["train"] for line in results] == ([24] * 5 + [12] * 5) * 2
+    before = pretrain.load_checkpoint(pretrained[1])["model"]
+    after = pretrain.load_checkpoint(tmp_path / "run" / "fold5.pt")["model"]
+    assert all(torch.equal(before[name], after[f"encoder.{name}"]) for name in before)   # frozen
+
+
+def test_fine_tuning_learns_tones(tmp_path):
+    write_esc50(tmp_path)
+    printed = run("finetune.py", "--data", "esc50", "--root", tmp_path, "--updates", 30, "--batch-size",
+                  6, "--lr", 3e-3, "--out", tmp_path / "run")
+    assert "accuracy 1.000 on 6 clips" in printed
+
+
+def test_fine_tuning_in_two_processes_scores_each_clip_once(tmp_path):
+    write_esc50(tmp_path)
+    run("finetune.py", "--data", "esc10", "--root", tmp_path, "--updates", 2, "--batch-size", 4,
+        "--out", tmp_path / "run", processes=2)
+    result = json.loads((tmp_path / "run" / "results.jsonl").read_text())
+    assert result["test"] == 4 and result["score"] in (0, 0.25, 0.5, 0.75, 1)
+    model, front = finetune.build(finetune.parse([]), 2, None)
+    checkpoint = pretrain.load_checkpoint(tmp_path / "run" / "fold1.pt")
+    model.load_state_dict(checkpoint["model"])
+    front.load_state_dict(checkpoint["frontend"])
+    data = datasets.esc50(tmp_path, esc10=True)
+    test = data.subset(np.flatnonzero(data.folds == 1))
+    logits = finetune.predict(model, front, test, finetune.parse([]), torch.device("cpu"))
+    assert accuracy(logits, test.labels) == result["score"]
+
+
+@pytest.mark.parametrize("script, options, word", [
+    ("pretrain.py", ["--data", "nowhere"], "nowhere"),
+    ("pretrain.py", ["--data", "EMPTY"], "no recordings"),
+    ("pretrain.py", ["--heads", "7"], "heads"),
+    ("pretrain.py", ["--batch-size", "0"], "--batch-size"),
+    ("pretrain.py", ["--resume"], "no checkpoint"),
+    ("pretrain.py", ["--device", "nonsense"], "nonsense"),
+    ("finetune.py", ["--init", "nowhere"], "nowhere"),
+    ("finetune.py", ["--init", "TEXT"], "not a checkpoint"),
+    ("finetune.py", ["--data", "esc50"], "--root"),
+    ("finetune.py", ["--data", "esc50", "--root", "EMPTY"], "esc50.csv"),
+    ("finetune.py", ["--fraction", "1.5"], "--fraction"),
+    ("finetune.py", ["--stages", "1", "1", "1"], "--stages"),
+    ("datasets.py", ["pack", "nowhere", "out"], "nowhere"),
+    ("datasets.py", ["pack", "EMPTY", "out"], "no recordings")])
+def test_bad_input_gets_one_line_and_exit_code_2(tmp_path, script, options, word):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    options = [option.replace("EMPTY", "empty").replace("TEXT", "text.pt") for option in options]
+    message = run(script, *options, code=2, cwd=tmp_path)
+    assert word in message and message.count("\n") == 1, message
+
+
+def test_a_run_is_not_overwritten(pretrained):
+    options, folder = pretrained
+    message = run("pretrain.py", *options, "--out", folder, code=2)
+    assert "--resume" in message and "--out" in message
