@@ -136,60 +136,53 @@ def _shard(path):
     return np.memmap(path, "<i2", "r")
 
 
-def _crops(lengths, samples):
-    """How many clips of `samples` samples recordings of these lengths are worth in an epoch.
-
-    One for each full length, at least one; none for what is shorter than a second, as there is not
-    enough in it to mask and to guess from.
-    """
-    return np.where(lengths < SAMPLE_RATE, 0, np.maximum(lengths // samples, 1))
-
-
 class Packed:
-    """Random crops of `seconds` from what `pack` wrote; shorter recordings whole."""
+    """Random crops of `seconds` from what `pack` wrote, one of each recording in an epoch.
+
+    Shorter recordings are given whole, those under a second not at all: too little in it to mask
+    and to guess from.
+    """
 
     def __init__(self, folder, seconds):
         self.folder, self.samples = Path(folder), int(seconds * SAMPLE_RATE)
-        self.index = np.load(self.folder / "index.npy")
-        self.ends = np.cumsum(_crops(self.index["length"], self.samples))
-        if self.ends[-1] == 0:
+        index = np.load(self.folder / "index.npy")
+        self.index = index[index["length"] >= SAMPLE_RATE]
+        if len(self.index) == 0:
             raise InputError(f"{folder}: no recording in it is a second long")
 
     def __len__(self):
-        return int(self.ends[-1])
+        return len(self.index)
 
     def clip(self, i, rng):
-        shard, start, length = self.index[np.searchsorted(self.ends, i, side="right")]
+        shard, start, length = self.index[i]
         start += rng.integers(max(length - self.samples, 0) + 1)
         waveform = _shard(self.folder / f"shard_{shard:05}.int16")
         return np.array(waveform[start:start + min(length, self.samples)])
 
 
 class Folder:
-    """Random crops of `seconds` from the recordings below a folder, decoded each time anew."""
+    """The same from the recordings below a folder, decoded each time anew."""
 
     def __init__(self, folder, seconds):
-        self.seconds, self.files, lengths = seconds, [], []
+        self.seconds, self.recordings = seconds, []
         for path in tqdm(audio_files(folder), "look through", unit=" files", leave=False):
             try:
-                info = soundfile.info(path)
+                duration = soundfile.info(path).duration
             except soundfile.LibsndfileError as error:
                 raise InputError(f"{path}: not readable as audio ({error.error_string}); remove "
                                  "it, or `python datasets.py pack` leaves it out") from None
-            self.files.append(path)
-            lengths.append(int(info.duration * SAMPLE_RATE))
-        self.lengths = np.array(lengths)
-        self.ends = np.cumsum(_crops(self.lengths, int(seconds * SAMPLE_RATE)))
-        if self.ends[-1] == 0:
+            if duration >= 1:
+                self.recordings.append((path, duration))
+        if not self.recordings:
             raise InputError(f"{folder}: no recording in it is a second long")
 
     def __len__(self):
-        return int(self.ends[-1])
+        return len(self.recordings)
 
     def clip(self, i, rng):
-        i = np.searchsorted(self.ends, i, side="right")
-        start = rng.uniform(0, max(self.lengths[i] / SAMPLE_RATE - self.seconds, 0))
-        return to_int16(read_audio(self.files[i], start, self.seconds))
+        path, duration = self.recordings[i]
+        start = rng.uniform(0, max(duration - self.seconds, 0))
+        return to_int16(read_audio(path, start, self.seconds))
 
 
 # ---------------------------------------------------------------------- synth: sounds from formulas

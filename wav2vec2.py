@@ -85,7 +85,8 @@ def span_mask(noise, share, span, padding_mask=None):
     clip of a length masks the same number, whatever else is in its batch. Returns the mask (B, L).
     """
     B, L = noise.shape
-    padding_mask = noise.new_zeros(B, L, dtype=torch.bool) if padding_mask is None else padding_mask
+    if padding_mask is None:
+        padding_mask = noise.new_zeros(B, L, dtype=torch.bool)
     lengths = (~padding_mask).sum(1, keepdim=True)                              # (B, 1)
     steps = torch.arange(L, device=noise.device)
     may_start = steps <= (lengths - span).clamp(min=0)
@@ -132,7 +133,8 @@ def contrastive_loss(context, targets, distractors, valid=None, temperature=0.1)
     not count. Masking it in the logits alone would call a collapsed model perfect, with a loss of 0.
     """
     B, M, K = distractors.shape
-    valid = distractors.new_ones(B, M, dtype=torch.bool) if valid is None else valid
+    if valid is None:
+        valid = distractors.new_ones(B, M, dtype=torch.bool)
     with torch.autocast(context.device.type, enabled=False):     # bf16 would blur the differences
         similarity = F.normalize(context.float(), dim=2) @ F.normalize(targets.float(), dim=2).mT
     equal = (targets[:, :, None] == targets[:, None]).all(3)                    # (B, M, M)
@@ -147,6 +149,22 @@ def contrastive_loss(context, targets, distractors, valid=None, temperature=0.1)
         correct=(positive > negative).all(2) & counts,
         chance=1 / (1 + candidates),            # among the different ones: repeats do not count
         duplicates=duplicate.float().mean(2))
+
+
+def latent_health(z, valid):
+    """How different the latents of a clip are: latents z (B, M, C), valid (B, M) -> two scalars.
+
+    The standard deviation over time of their components (root mean square over components and
+    clips), and the mean cosine between two different latents of a clip.
+    """
+    real = valid[:, :, None]
+    count = valid.sum(1)                                                        # (B,)
+    mean = (z * real).sum(1, keepdim=True) / count[:, None, None]
+    variance = ((z - mean).square().mean(2) * valid).sum() / valid.sum()
+    # The cosines of all pairs add up to the squared length of the sum of the unit vectors.
+    sums = (F.normalize(z, dim=2) * real).sum(1).square().sum(1)
+    pairs = (count * (count - 1)).sum().clamp(min=1)
+    return variance.sqrt(), (sums - count).sum() / pairs
 
 
 class Wav2Vec2(nn.Module):
@@ -207,24 +225,17 @@ class Wav2Vec2(nn.Module):
         distractors = sample_distractors(noise[:, :steps.shape[1], 1:], valid)  # (B, M, K)
         loss, at = contrastive_loss(context, targets, distractors, valid, s["temperature"])
 
-        count = at["counts"].sum()
-        with torch.no_grad():
-            unit = F.normalize(targets.float(), dim=2) * valid[:, :, None]
-            masked_of_clip = valid.sum(1)
-            # The sum of the cosines of all pairs is the squared length of the sum of the vectors.
-            cosines = unit.sum(1).square().sum(1) - masked_of_clip
-            pairs = (masked_of_clip * (masked_of_clip - 1)).sum().clamp(min=1)
-            centred = targets.float() - (targets.float() * valid[:, :, None]).sum(
-                1, keepdim=True) / masked_of_clip[:, None, None]
-            variance = (centred.square().mean(2) * valid).sum() / valid.sum()
-            real = mask.numel() if padding_mask is None else (~padding_mask).sum()
-            mean = lambda x: (x * at["counts"]).sum() / count.clamp(min=1)
-            return_health = dict(
-                accuracy=mean(at["correct"]), chance=mean(at["chance"]), masked=mask.sum() / real,
-                latent_std=variance.sqrt(), latent_cosine=cosines.sum() / pairs,
-                duplicates=(at["duplicates"] * valid).sum() / valid.sum(),
-                dropped=valid.sum() - count)
-        return Pretraining(loss=loss.sum() / count.clamp(min=1), count=count, **return_health)
+        def mean(figure):
+            return (figure * at["counts"]).sum() / count.clamp(min=1)
+
+        count, masked = at["counts"].sum(), valid.sum()
+        real = mask.numel() if padding_mask is None else (~padding_mask).sum()
+        latent_std, latent_cosine = latent_health(targets.detach().float(), valid)
+        return Pretraining(
+            loss=loss.sum() / count.clamp(min=1), count=count, accuracy=mean(at["correct"]),
+            chance=mean(at["chance"]), masked=masked / real, latent_std=latent_std,
+            latent_cosine=latent_cosine, duplicates=(at["duplicates"] * valid).sum() / masked,
+            dropped=masked - count)
 
 
 if __name__ == "__main__":
