@@ -61,6 +61,7 @@ class ClipNorm(nn.Module):
             return F.layer_norm(x, x.shape[1:]) * self.weight + self.bias
         valid = ~padding_mask[:, :, None]                           # (B, L, 1)
         count = valid.sum(1, keepdim=True) * x.shape[2]             # (B, 1, 1)
+        x = x.float()                                               # sums are too large for bf16
         mean = (x * valid).sum((1, 2), keepdim=True) / count
         variance = ((x - mean) * valid).square().sum((1, 2), keepdim=True) / count
         return (x - mean) * torch.rsqrt(variance + 1e-5) * self.weight + self.bias
