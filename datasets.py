@@ -14,6 +14,9 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
+import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -33,33 +36,74 @@ class InputError(Exception):
 # ------------------------------------------------------------------------------ reading recordings
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are one line, like all others."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}; --help explains\n")
+
+
+def number(kind, low, high):
+    """An argparse type: an int or float from `low` to `high`."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:            # so written, NaN is refused too
+            raise argparse.ArgumentTypeError(f"must be {low:g} to {high:g}, not {text}")
+        return value
+    return parse
+
+
+# What libsndfile notes in its log about a file that ends early: by format, the size that the header
+# promises, or Ogg's missing last page. A size of 2 or 4 GiB stands for "unknown" in streamed files.
+PROMISED = re.compile(r"(?:data|SSND|Data Size|riff)\s*: (\d+) \(should be")
+NO_END = "lacks an end-of-stream bit"
+
+
+def open_audio(path):
+    """A recording, opened with soundfile. Raises InputError for what is missing or no audio."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        file = soundfile.SoundFile(path)
+    except soundfile.LibsndfileError as error:
+        raise InputError(f"{path}: not readable as audio ({error.error_string})") from None
+    except UnicodeEncodeError:
+        raise InputError(f"{path}: its name is not valid UTF-8; rename it") from None
+    if file.frames == 0:
+        raise InputError(f"{path}: no sound in it (0 samples)")
+    if not 1000 <= file.samplerate <= 768_000:
+        raise InputError(f"{path}: a sample rate of {file.samplerate} Hz can't be right")
+    return file
+
+
 def read_audio(path, start=0.0, seconds=None):
     """Decode a recording, or `seconds` of it from `start` on: mono float32 (S,) at 16 kHz.
 
     Channels are averaged. Raises InputError for what is missing, no audio, empty, cut off (as far
     as the format tells) or not finite.
     """
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file")
-    try:
-        with soundfile.SoundFile(path) as file:
-            rate, frames = file.samplerate, file.frames
-            file.seek(min(int(start * rate), frames))
-            wanted = frames - file.tell()
-            wanted = wanted if seconds is None else min(wanted, int(seconds * rate))
-            samples = file.read(wanted, dtype="float32", always_2d=True)
-            # What libsndfile notes in its log when a WAV header promises more than there is.
-            cut_off = len(samples) < wanted or "data" in file.extra_info and any(
-                "should be" in line for line in file.extra_info.splitlines() if line[:4] == "data")
-    except soundfile.LibsndfileError as error:
-        raise InputError(f"{path}: not readable as audio ({error.error_string})") from None
-    if frames == 0 or len(samples) == 0:
+    with open_audio(path) as file:
+        rate, endless = file.samplerate, file.frames > 2**40    # a streamed FLAC: length unknown
+        parts, left = [], file.frames
+        try:
+            if start > 0:
+                left -= file.seek(min(int(start * rate), file.frames))
+            left = left if seconds is None else min(left, int(seconds * rate))
+            while left > 0 and len(part := file.read(min(left, 2**22), "float32", always_2d=True)):
+                parts.append(part.mean(axis=1, dtype=np.float64).astype(np.float32))
+                left -= len(part)
+        except soundfile.LibsndfileError as error:
+            raise InputError(f"{path}: not readable as audio ({error.error_string})") from None
+        promised = [int(size) for size in PROMISED.findall(file.extra_info)]
+        if (left > 0 and not endless or NO_END in file.extra_info
+                or any(size < 2**31 - 1 for size in promised)):
+            raise InputError(f"{path}: cut off before its end; get it again")
+    if not parts:
         raise InputError(f"{path}: no sound in it (0 samples)")
-    if cut_off:
-        raise InputError(f"{path}: cut off before its end; get it again")
-    if not np.isfinite(samples).all():
-        raise InputError(f"{path}: holds values that are not finite (NaN or infinite)")
-    return resample(torch.from_numpy(samples.mean(axis=1)), rate, SAMPLE_RATE).numpy()
+    waveform = np.concatenate(parts)
+    if not np.abs(waveform).max() < 100:        # full scale is 1
+        raise InputError(f"{path}: holds values that are not finite, or far too large")
+    return resample(torch.from_numpy(waveform), rate, SAMPLE_RATE).numpy()
 
 
 def to_int16(waveform):
@@ -71,7 +115,8 @@ def audio_files(folder):
     """All recordings below a folder, sorted, as paths. Raises InputError where there are none."""
     if not Path(folder).is_dir():
         raise InputError(f"{folder}: no such folder")
-    files = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in AUDIO)
+    files = sorted(path for path in Path(folder).rglob("*")
+                   if path.suffix.lower() in AUDIO and not path.is_dir())
     if not files:
         raise InputError(f"{folder}: no recordings in it ({' '.join(AUDIO)})")
     return files
@@ -88,6 +133,8 @@ def _decode(path):
         waveform = to_int16(read_audio(path))
     except InputError as error:
         return str(error).removeprefix(f"{path}: ")
+    except Exception as error:          # one damaged file must not cost the others
+        return f"not readable ({type(error).__name__}: {error})"
     return waveform if waveform.any() else "digital silence"
 
 
@@ -101,15 +148,17 @@ def pack(folder, out, shard_hours=5.0, workers=None):
     out = Path(out)
     if (out / "index.npy").exists():
         raise InputError(f"{out}: holds packed audio already; delete it or name another folder")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: is a file; name a folder")
     files = audio_files(folder)
     out.mkdir(parents=True, exist_ok=True)
     limit = int(shard_hours * 3600 * SAMPLE_RATE)
     index, names, skipped, shard, position = [], [], [], -1, limit
     file = None
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        decoded = pool.imap(_decode, files, chunksize=4)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        decoded = pool.map(_decode, files, chunksize=4)
         for path, waveform in zip(files, tqdm(decoded, "pack", len(files), unit=" files")):
-            name = str(path.relative_to(folder))
+            name = str(path.relative_to(folder)).replace("\n", "\\n").replace("\r", "\\r")
             if isinstance(waveform, str):
                 skipped.append(f"{name}: {waveform}")
                 continue
@@ -123,15 +172,15 @@ def pack(folder, out, shard_hours=5.0, workers=None):
     if not index:
         raise InputError(f"{folder}: none of the {len(files)} files is usable: {skipped[0]}, ...")
     file.close()
-    (out / "names.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-    (out / "skipped.txt").write_text("".join(f"{line}\n" for line in skipped), encoding="utf-8")
+    for file, lines in (("names.txt", names), ("skipped.txt", skipped)):
+        (out / file).write_text("".join(f"{line}\n" for line in lines), "utf-8", "backslashreplace")
     np.save(out / "index.part.npy", np.array(index, INDEX))
     os.replace(out / "index.part.npy", out / "index.npy")
     return len(index), skipped
 
 
 @functools.lru_cache(maxsize=None)
-def _shard(path):
+def _memory_map(path):
     """A shard's samples, mapped into memory once a process."""
     return np.memmap(path, "<i2", "r")
 
@@ -144,8 +193,17 @@ class Packed:
     """
 
     def __init__(self, folder, seconds):
-        self.folder, self.samples = Path(folder), int(seconds * SAMPLE_RATE)
-        index = np.load(self.folder / "index.npy")
+        self.folder, self.samples = Path(folder), round(seconds * SAMPLE_RATE)
+        try:
+            index = np.load(self.folder / "index.npy")
+            ends = index["start"] + index["length"]
+            whole = index["start"].min() >= 0 and all(
+                2 * ends[index["shard"] == shard].max() <= os.path.getsize(self.shard(shard))
+                for shard in np.unique(index["shard"]))
+        except (ValueError, IndexError, EOFError, OSError):
+            whole = False
+        if not whole:
+            raise InputError(f"{folder}: its packed audio is damaged; delete it and pack again")
         self.index = index[index["length"] >= SAMPLE_RATE]
         if len(self.index) == 0:
             raise InputError(f"{folder}: no recording in it is a second long")
@@ -156,8 +214,11 @@ class Packed:
     def clip(self, i, rng):
         shard, start, length = self.index[i]
         start += rng.integers(max(length - self.samples, 0) + 1)
-        waveform = _shard(self.folder / f"shard_{shard:05}.int16")
+        waveform = _memory_map(self.shard(shard))
         return np.array(waveform[start:start + min(length, self.samples)])
+
+    def shard(self, number):
+        return self.folder / f"shard_{number:05}.int16"
 
 
 class Folder:
@@ -167,10 +228,10 @@ class Folder:
         self.seconds, self.recordings = seconds, []
         for path in tqdm(audio_files(folder), "look through", unit=" files", leave=False):
             try:
-                duration = soundfile.info(path).duration
-            except soundfile.LibsndfileError as error:
-                raise InputError(f"{path}: not readable as audio ({error.error_string}); remove "
-                                 "it, or `python datasets.py pack` leaves it out") from None
+                with open_audio(path) as file:
+                    duration = file.frames / file.samplerate
+            except InputError as error:
+                raise InputError(f"{error}; `python datasets.py pack` leaves such files out") from None
             if duration >= 1:
                 self.recordings.append((path, duration))
         if not self.recordings:
@@ -182,7 +243,7 @@ class Folder:
     def clip(self, i, rng):
         path, duration = self.recordings[i]
         start = rng.uniform(0, max(duration - self.seconds, 0))
-        return to_int16(read_audio(path, start, self.seconds))
+        return to_int16(read_audio(path, start, self.seconds))[:round(self.seconds * SAMPLE_RATE)]
 
 
 # ---------------------------------------------------------------------- synth: sounds from formulas
@@ -359,7 +420,7 @@ class Labelled:
 
     def clip(self, i, rng):
         """Waveform i for training: a random crop of what is longer than `seconds`."""
-        waveform, samples = self.waveforms[i], int(self.seconds * SAMPLE_RATE)
+        waveform, samples = self.waveforms[i], round(self.seconds * SAMPLE_RATE)
         start = rng.integers(max(len(waveform) - samples, 0) + 1)
         return waveform[start:start + samples]
 
@@ -371,11 +432,12 @@ class Labelled:
         """
         totals = self.labels.sum(0)
         rarest = np.where(self.labels > 0, totals, np.inf).argmin(1)
-        order, keep = np.random.default_rng(seed).permutation(len(self)), []
+        order, keep = np.random.default_rng(seed).permutation(len(self)), set()
         for c in range(len(self.classes)):
             members = order[rarest[order] == c]
-            keep.extend(members[:max(1, round(fraction * len(members)))])
-        return self.subset(np.sort(np.array(keep)))
+            keep.update(members[:round(fraction * len(members))])
+            keep.update(order[self.labels[order, c] > 0][:1])
+        return self.subset(np.array(sorted(keep)))
 
 
 def synth(root=None, train=1000, test=500):
@@ -396,12 +458,16 @@ def read_table(path, columns, delimiter=","):
     or column."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; is the data set's root right?")
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
         reader = csv.DictReader(file, delimiter=delimiter)
         if missing := [c for c in columns if c not in (reader.fieldnames or [])]:
             raise InputError(f"{path}: no column {', '.join(missing)}; "
                              f"it has {', '.join(reader.fieldnames or ['none'])}")
-        return list(reader)
+        rows = list(reader)
+    for number, row in enumerate(rows, 2):
+        if any(row[column] is None for column in columns):
+            raise InputError(f"{path}: line {number} is short of columns")
+    return rows
 
 
 def esc50(root, esc10=False):
@@ -412,6 +478,8 @@ def esc50(root, esc10=False):
     rows = [row for row in rows if row["esc10"].strip().lower() == "true" or not esc10]
     if not rows:
         raise InputError(f"{table}: no {'ESC-10 ' * esc10}clips listed in it")
+    if odd := {row["fold"] for row in rows} - set("12345"):
+        raise InputError(f"{table}: a fold must be 1 to 5, not '{odd.pop()}'")
     waveforms = [to_int16(read_audio(Path(root) / "audio" / row["filename"]))
                  for row in tqdm(rows, "decode", unit=" clips", leave=False)]
     classes = sorted({row["category"] for row in rows})
@@ -483,18 +551,21 @@ def batches(source, batch_size, updates, seed, first=0, rank=0, world=1, workers
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("pack", help="decode a folder of recordings into int16 shards")
-    command.add_argument("folder", help="recordings, in sub-folders too: " + " ".join(AUDIO))
+    command.add_argument("folder", help="recordings, in sub-folders too (links to folders are "
+                         "not followed): " + " ".join(AUDIO))
     command.add_argument("out", help="folder to write; 115 MB an hour")
-    command.add_argument("--shard-hours", type=float, default=5.0, help="hours in a file (%(default)s)")
-    command.add_argument("--workers", type=int, help="processes that decode (as many as cores)")
+    command.add_argument("--shard-hours", type=number(float, 1e-3, 100), default=5.0,
+                         help="hours in a file (%(default)s)")
+    command.add_argument("--workers", type=number(int, 1, 1024),
+                         help="processes that decode (as many as cores)")
     command = commands.add_parser("synth", help="write synthetic clips as .wav and what is in them")
     command.add_argument("out", help="folder to write")
-    command.add_argument("--clips", type=int, default=10, help="how many (%(default)s)")
+    command.add_argument("--clips", type=number(int, 1, 10**6), default=10, help="(%(default)s)")
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")       # file names hold anything
     try:
         if args.command == "pack":
             kept, skipped = pack(args.folder, args.out, args.shard_hours, args.workers)

@@ -27,9 +27,10 @@ from tqdm import tqdm
 import augment
 import metrics
 from conformer import Dropout
-from datasets import LABELLED, InputError, batches, collate
+from datasets import LABELLED, InputError, Parser, batches, collate, number
 from frontend import LogMel
-from pretrain import autocast, load_checkpoint, padding_of, save_checkpoint, seed_of, start
+from pretrain import (autocast, load_checkpoint, load_model, padding_of, save_checkpoint, seed_of,
+                      start)
 from wav2vec2 import SIZES, Wav2Vec2
 
 METRICS = {"accuracy": metrics.accuracy, "mAP": metrics.mean_average_precision}
@@ -37,7 +38,7 @@ METRICS = {"accuracy": metrics.accuracy, "mAP": metrics.mean_average_precision}
 # What --updates, --batch-size, --lr and --head-dropout are when not given.
 RECIPES = {
     "synth": dict(updates=300, batch_size=32, lr=1e-3, head_dropout=0.1),
-    "esc10": dict(updates=400, batch_size=32, lr=1e-3, head_dropout=0.1),
+    "esc10": dict(updates=500, batch_size=16, lr=5e-4, head_dropout=0.1),
     "esc50": dict(updates=2000, batch_size=32, lr=3e-4, head_dropout=0.1),
 }
 
@@ -105,22 +106,22 @@ def three_stages(update, updates, peak, shares=(0.3, 0.3, 0.4)):
     warmup, hold, decay = (share * updates for share in shares)
     if update < warmup:
         return peak * (0.01 + 0.99 * update / warmup)
-    if update < warmup + hold:
+    if update < warmup + hold or decay == 0:
         return peak
     return peak * 0.05 ** ((update - warmup - hold) / decay)
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    share = number(float, 0, 1)
     group = parser.add_argument_group("run")
     group.add_argument("--init", nargs="?", const="runs/pretrain", metavar="RUN", help="start from "
                        "this pre-training run (no name: runs/pretrain); without it, from scratch")
     group.add_argument("--out", default="runs/finetune", help="folder of this run (%(default)s)")
-    group.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    group.add_argument("--device", help="cpu, cuda, mps (the best there is)")
+    group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="(%(default)s)")
+    group.add_argument("--device", choices=["cpu", "cuda", "mps"], help="(the best there is)")
     group.add_argument("--dtype", choices=["fp32", "bf16"], help="(bf16 on CUDA, else fp32)")
-    group.add_argument("--workers", type=int, default=0, help="processes that read data "
+    group.add_argument("--workers", type=number(int, 0, 1024), default=0, help="processes that read data "
                        "(%(default)s: the clips are in memory)")
 
     group = parser.add_argument_group("data")
@@ -128,7 +129,7 @@ def parse(argv=None):
     group.add_argument("--root", help="where the data set lies, in its official layout")
     group.add_argument("--fold", default="1", help="the fold to test on, or 'all', one after the "
                        "other (%(default)s)")
-    group.add_argument("--fraction", type=float, nargs="+", default=[1.0], help="of the training "
+    group.add_argument("--fraction", type=number(float, 1e-6, 1), nargs="+", default=[1.0], help="of the training "
                        "clips, class by class; several are tried one after the other (%(default)s)")
     group.add_argument("--validate", action="store_true", help="leave the test set alone: hold out "
                        "the next fold (or a fifth) of the training clips and report on these. For "
@@ -141,16 +142,18 @@ def parse(argv=None):
                        "the embeddings, then a linear layer; 'frames': probabilities at each step, "
                        "then linear softmax pooling (%(default)s)")
     group.add_argument("--freeze", action="store_true", help="train the head only (linear probe)")
-    group.add_argument("--head-dropout", type=float, help="before the output layer; more helps "
+    group.add_argument("--head-dropout", type=number(float, 0, 0.99), help="before the output layer; more helps "
                        "against over-fitting with few labels (0.1)")
 
     group = parser.add_argument_group("optimisation (Sec. 4)")
-    group.add_argument("--updates", type=int, help="(synth 300, esc10 400, esc50 2000)")
-    group.add_argument("--batch-size", type=int, help="clips in an update, over all processes (32)")
-    group.add_argument("--lr", type=float, help="peak learning rate (synth, esc10 1e-3, esc50 3e-4)")
-    group.add_argument("--stages", type=float, nargs=3, default=(0.3, 0.3, 0.4),
+    group.add_argument("--updates", type=number(int, 1, 10**9), help="(synth 300, esc10 500, esc50 2000)")
+    group.add_argument("--batch-size", type=number(int, 1, 10**6), help="clips in an update, over all processes "
+                       "(esc10 16, else 32)")
+    group.add_argument("--lr", type=number(float, 1e-12, 1e6), help="peak learning rate (synth 1e-3, esc10 5e-4, "
+                       "esc50 3e-4)")
+    group.add_argument("--stages", type=share, nargs=3, default=(0.3, 0.3, 0.4),
                        metavar=("WARMUP", "HOLD", "DECAY"), help="shares of the updates (%(default)s)")
-    group.add_argument("--weight-decay", type=float, default=0.01, help="(%(default)s)")
+    group.add_argument("--weight-decay", type=number(float, 0, 1e6), default=0.01, help="(%(default)s)")
     group.add_argument("--loss", choices=["bce", "ce"], default="bce", help="binary cross-entropy, "
                        "as in the paper, or, where a clip has one label, cross-entropy (%(default)s)")
     group.add_argument("--augment", nargs="*", choices=["jitter", "time_mask", "mixup"], default=[],
@@ -159,15 +162,7 @@ def parse(argv=None):
     for name, value in RECIPES[args.data].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name in ("updates", "batch_size", "lr"):
-        if getattr(args, name) <= 0:
-            raise InputError(f"--{name.replace('_', '-')} must be over 0, not {getattr(args, name)}")
-    for fraction in args.fraction:
-        if not 0 < fraction <= 1:
-            raise InputError(f"--fraction {fraction:g} must lie between 0 and 1")
-    if not 0 <= args.head_dropout < 1:
-        raise InputError(f"--head-dropout {args.head_dropout} must be 0 to below 1")
-    if min(args.stages) < 0 or abs(sum(args.stages) - 1) > 1e-3:
+    if abs(sum(args.stages) - 1) > 1e-3:
         raise InputError(f"--stages {args.stages} must be three shares that sum to 1")
     if args.data != "synth" and args.root is None:
         raise InputError(f"--data {args.data} needs --root, the folder where it lies")
@@ -180,8 +175,7 @@ def build(args, classes, checkpoint):
     frontend = LogMel()
     encoder = Wav2Vec2(args.size, **checkpoint["settings"] if checkpoint else {})
     if checkpoint:
-        encoder.load_state_dict(checkpoint["model"])
-        frontend.load_state_dict(checkpoint["frontend"])
+        load_model(checkpoint, encoder, frontend)
     return Classifier(encoder, classes, args.head, args.head_dropout, args.freeze), frontend
 
 
@@ -189,12 +183,15 @@ def split(data, fold, fraction, args):
     """Training and test set of a fold; see --fraction and --validate."""
     train, test = np.flatnonzero(data.folds != fold), np.flatnonzero(data.folds == fold)
     if args.validate:
-        folds = sorted(set(data.folds[train]) - {0})
-        if folds:
-            held_out = data.folds[train] == (fold % max(data.folds)) + 1
+        others = sorted(set(data.folds[train]) - {0})
+        if others:
+            held_out = data.folds[train] == next((k for k in others if k > fold), others[0])
         else:
             held_out = np.arange(len(train)) % 5 == 0
         train, test = train[~held_out], train[held_out]
+    if len(train) == 0 or len(test) == 0:
+        raise InputError(f"{args.data}: fold {fold} leaves {len(train)} clips to train on and "
+                         f"{len(test)} to test on; is the table of the data set whole?")
     train = data.subset(train)
     return (train if fraction == 1 else train.fraction(fraction, args.seed)), data.subset(test)
 
@@ -225,6 +222,8 @@ def predict(model, frontend, data, args, device, rank=0, world=1, batch_size=32)
         log_mel = frontend(waveform.to(device))
         with autocast(device, args.dtype):
             scores[numbers] = model(log_mel, padding_of(lengths, log_mel)).float().cpu()
+    if not scores.isfinite().all():
+        raise InputError("the model's predictions are not finite: lower --lr")
     if world > 1:               # each clip is 0 everywhere but in one process
         scores = scores.to(device)
         dist.all_reduce(scores)
@@ -260,9 +259,10 @@ def train(model, frontend, data, args, device, rank, world, label):
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if update % 10 == 0:
+        if update % 10 == 0 or update == args.updates - 1:
             bar.set_postfix_str(f"loss {loss.item():.3f}")
             if not np.isfinite(loss.item()):
+                bar.close()
                 raise InputError(f"the loss is not finite at update {update}: lower --lr")
 
 
@@ -270,9 +270,7 @@ def main(args):
     device, rank, world = start(args.device)
     if args.batch_size % world:
         raise InputError(f"--batch-size {args.batch_size} does not divide by {world} processes")
-    checkpoint = load_checkpoint(args.init) if args.init else None
-    if checkpoint is not None and "settings" not in checkpoint:
-        raise InputError(f"{args.init}: not a pre-training run")
+    checkpoint = load_checkpoint(args.init) if args.init is not None else None
     data = LABELLED[args.data](args.root)
     if args.loss == "ce" and data.metric != "accuracy":
         raise InputError(f"--loss ce is for one label a clip; {args.data} has several: use bce")

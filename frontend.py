@@ -92,9 +92,9 @@ class LogMel(nn.Module):
         self.std.fill_(1)
         count, total, squares = 0, 0.0, 0.0
         for waveform, lengths in batches:
-            log_mel = self(waveform).double()                       # (B, T, 64)
-            steps = torch.arange(log_mel.shape[1], device=log_mel.device)
-            log_mel = log_mel[steps < frame_count(lengths)[:, None]]  # (frames, 64)
+            log_mel = self(waveform).cpu().double()                 # (B, T, 64)
+            real = torch.arange(log_mel.shape[1]) < frame_count(lengths.cpu())[:, None]
+            log_mel = log_mel[real]                                 # (frames, 64)
             count += len(log_mel)
             total = total + log_mel.sum(0)
             squares = squares + log_mel.square().sum(0)

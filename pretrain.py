@@ -27,9 +27,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from datasets import InputError, batches, open_source
+from datasets import InputError, Parser, batches, number, open_source
 from frontend import SAMPLE_RATE, LogMel, frame_count
-from wav2vec2 import COMMON, SIZES, Wav2Vec2
+from wav2vec2 import COMMON, SIZES, Wav2Vec2, span_mask
 
 # What --updates, --warmup, --lr, --batch-size and --seconds are when not given. The paper's are
 # those of small and large (Sec. 2.3); it does not state batch size and seconds.
@@ -38,6 +38,11 @@ SCHEDULES = {
     "small": dict(updates=300_000, warmup=10_000, lr=3e-4, batch_size=256, seconds=10.0),
     "large": dict(updates=300_000, warmup=10_000, lr=3e-4, batch_size=256, seconds=10.0),
 }
+
+
+# What a run can't change halfway without becoming another one.
+SAME_ON_RESUME = ("size", "changes", "data", "seed", "seconds", "batch_size", "updates", "warmup", "lr",
+                  "weight_decay", "clip")
 
 
 # --------------------------------------------------------- shared with finetune.py: processes, files
@@ -49,19 +54,16 @@ def start(device=None):
     device names one, else CUDA, then MPS, then the CPU is taken.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if device is None:
-        device = ("cuda" if torch.cuda.is_available() else
-                  "mps" if torch.backends.mps.is_available() and world == 1 else "cpu")
-    try:
-        if device == "cuda":
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-            torch.cuda.set_device(device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {device}: {reason}; leave --device out to have one found") from None
+        device = "cuda" if cuda else "mps" if mps and world == 1 else "cpu"
+    if not {"cuda": cuda, "mps": mps, "cpu": True}[device]:
+        raise InputError(f"--device {device}: this torch finds none; leave --device out")
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        dist.init_process_group("nccl" if cuda and device != "cpu" else "gloo")
     return torch.device(device), rank, world
 
 
@@ -76,19 +78,32 @@ def save_checkpoint(path, **content):
 
 
 def load_checkpoint(run):
-    """The checkpoint of a run's folder (or the file itself), on the CPU. Runs no code in it.
+    """The pre-training checkpoint in a run's folder (or the file itself), on the CPU.
 
-    Raises InputError where it is missing or no checkpoint.
+    Runs no code that may be hidden in it. Raises InputError where it is missing or something else.
     """
     path = Path(run)
     path = path / "checkpoint.pt" if path.is_dir() else path
     if not path.is_file():
         raise InputError(f"{path}: no checkpoint there; is the run's folder right?")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError) as error:
-        raise InputError(f"{path}: not a checkpoint, or damaged "
-                         f"({str(error).splitlines()[0][:80]}); use another") from None
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError):
+        raise InputError(f"{path}: not a checkpoint, or damaged; use another") from None
+    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= {
+            "model", "frontend", "settings", "optimizer", "update", "args"}:
+        raise InputError(f"{path}: not from pretrain.py; name the folder of a pre-training run")
+    return checkpoint
+
+
+def load_model(checkpoint, model, frontend):
+    """Put a checkpoint's weights into a model and a frontend. Raises InputError where they don't fit."""
+    try:
+        model.load_state_dict(checkpoint["model"])
+        frontend.load_state_dict(checkpoint["frontend"])
+    except RuntimeError:
+        raise InputError("the checkpoint's weights do not fit the model; it is of another version "
+                         "or damaged: use another") from None
 
 
 def seed_of(*numbers):
@@ -120,54 +135,55 @@ def learning_rate(update, peak, warmup, updates):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    some, positive = number(int, 1, 10**9), number(float, 1e-12, 1e6)
     group = parser.add_argument_group("run")
     group.add_argument("--out", default="runs/pretrain", help="folder of this run (%(default)s)")
     group.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    group.add_argument("--seed", type=int, default=0, help="another seed draws other clips, crops, "
+    group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="another seed draws other clips, crops, "
                        "masks and starting weights (%(default)s)")
-    group.add_argument("--device", help="cpu, cuda, mps (the best there is)")
+    group.add_argument("--device", choices=["cpu", "cuda", "mps"], help="(the best there is)")
     group.add_argument("--dtype", choices=["fp32", "bf16"], help="bf16 halves memory and time where "
                        "the processor has it (bf16 on CUDA, else fp32)")
-    group.add_argument("--workers", type=int, help="processes that read data (one a core, up to 8, "
+    group.add_argument("--workers", type=number(int, 0, 1024), help="processes that read data (one a core, up to 8, "
                        "with a GPU; none without: the training takes the cores)")
-    group.add_argument("--log-every", type=int, default=10, help="updates (%(default)s)")
-    group.add_argument("--checkpoint-every", type=int, default=1000, help="updates (%(default)s)")
+    group.add_argument("--log-every", type=some, default=10, help="updates (%(default)s)")
+    group.add_argument("--checkpoint-every", type=some, default=1000, help="updates (%(default)s)")
 
     group = parser.add_argument_group("data")
     group.add_argument("--data", default="synth", help="'synth' (made on the fly), a folder that "
                        "`datasets.py pack` wrote, or any folder of recordings (%(default)s)")
-    group.add_argument("--seconds", type=float, help="length of a clip (tiny: 5, else 10); longer "
+    group.add_argument("--seconds", type=number(float, 0.1, 3600), help="length of a clip (tiny: 5, else 10); longer "
                        "gives more context and more distractors, and costs more")
-    group.add_argument("--batch-size", type=int, help="clips in an update, over all processes "
+    group.add_argument("--batch-size", type=some, help="clips in an update, over all processes "
                        "together (tiny: 32, else 256)")
 
     group = parser.add_argument_group("model", "Settings of the size that can be changed.")
     group.add_argument("--size", choices=SIZES, default="tiny", help="tiny for a laptop, small and "
                        "large as in the paper (%(default)s)")
     for name, default, text in (
-            ("width", int, "D, of the conformer"), ("blocks", int, "conformer blocks (Fig. 2b)"),
-            ("heads", int, "attention heads (Fig. 2c)"), ("ffn", int, "units in feed-forward networks"),
-            ("first-kernel", int, "steps of the first block's convolution (31)"),
-            ("kernel", int, "steps of the other blocks' (15)"),
+            ("width", some, "D, of the conformer"), ("blocks", some, "conformer blocks (Fig. 2b)"),
+            ("heads", some, "attention heads (Fig. 2c)"), ("ffn", some, "units in feed-forward networks"),
+            ("first-kernel", some, "steps of the first block's convolution (31)"),
+            ("kernel", some, "steps of the other blocks' (15)"),
             ("dropout", float, "share of activations dropped (0.1)"),
             ("norm", str, "in the convolution: group (default) or batch"),
-            ("stack", int, "R, log-mel frames in a latent (4)"), ("latent", int, "width of a latent (256)"),
+            ("stack", some, "R, log-mel frames in a latent (4)"),
+            ("latent", some, "C, width of a latent (256)"),
             ("mask", float, "share of latents masked (0.3); more makes the task harder"),
-            ("span", int, "latents masked in a row (3); shorter ones are guessed from their neighbours"),
-            ("distractors", int, "K (100)"),
-            ("temperature", float, "divides similarities (0.1); larger blurs the choice")):
+            ("span", some, "latents masked in a row (3); shorter ones are guessed from their neighbours"),
+            ("distractors", some, "K (100)"),
+            ("temperature", positive, "divides similarities (0.1); larger blurs the choice")):
         choices = ["group", "batch"] if name == "norm" else None
         group.add_argument(f"--{name}", type=default, choices=choices, help=text)
 
     group = parser.add_argument_group("optimisation (Sec. 2.3)")
-    group.add_argument("--updates", type=int, help="of the whole run (tiny: 500, else 300000)")
-    group.add_argument("--warmup", type=int, help="updates to the peak (tiny: a tenth, "
+    group.add_argument("--updates", type=some, help="of the whole run (tiny: 500, else 300000)")
+    group.add_argument("--warmup", type=number(int, 0, 10**9), help="updates to the peak (tiny: a tenth, "
                        "else a thirtieth of all)")
-    group.add_argument("--lr", type=float, help="peak learning rate (tiny: 1e-3, else 3e-4)")
-    group.add_argument("--weight-decay", type=float, default=0.01, help="(%(default)s)")
-    group.add_argument("--clip", type=float, default=1.0, help="largest gradient norm; a longer "
+    group.add_argument("--lr", type=positive, help="peak learning rate (tiny: 1e-3, else 3e-4)")
+    group.add_argument("--weight-decay", type=number(float, 0, 1e6), default=0.01, help="(%(default)s)")
+    group.add_argument("--clip", type=positive, default=1.0, help="largest gradient norm; a longer "
                        "gradient is scaled down to it (%(default)s)")
     args = parser.parse_args(argv)
     schedule = dict(SCHEDULES[args.size])
@@ -178,10 +194,7 @@ def parse(argv=None):
             setattr(args, name, value)
     args.changes = {name: getattr(args, name) for name in (*SIZES["tiny"], *COMMON)
                     if getattr(args, name) is not None}
-    for name in ("seconds", "batch_size", "updates", "lr", "log_every", "checkpoint_every", "clip"):
-        if getattr(args, name) <= 0:
-            raise InputError(f"--{name.replace('_', '-')} must be over 0, not {getattr(args, name)}")
-    if not 0 <= args.warmup <= args.updates:
+    if args.warmup > args.updates:
         raise InputError(f"--warmup {args.warmup} must be 0 to --updates {args.updates}")
     return args
 
@@ -206,19 +219,24 @@ def main(args):
     frontend = LogMel().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98),
                                   weight_decay=args.weight_decay, fused=device.type != "mps")
+    samples, first = round(args.seconds * SAMPLE_RATE), 0
+    latents = model.noise_shape(1, frame_count(samples))[1]
+    if not span_mask(torch.rand(1, latents), model.settings["mask"], model.settings["span"]).sum() < latents:
+        raise InputError(f"--seconds {args.seconds:g} gives {latents} latents, which would all be "
+                         "masked: make it longer, or --span, --mask or --stack smaller")
     source = open_source(args.data, args.seconds)
-    samples = int(args.seconds * SAMPLE_RATE)
-    first = 0
     if args.resume:
-        if checkpoint["settings"] != model.settings:
-            raise InputError(f"{out}: its checkpoint is of another model; give the same options")
-        model.load_state_dict(checkpoint["model"])
-        frontend.load_state_dict(checkpoint["frontend"])
+        for name in SAME_ON_RESUME:
+            if checkpoint["args"].get(name) != getattr(args, name):
+                raise InputError(f"{out} was trained with --{name.replace('_', '-')} "
+                                 f"{checkpoint['args'].get(name)}, not {getattr(args, name)}: give the "
+                                 "same options to --resume, or name another --out")
+        load_model(checkpoint, model, frontend)
         optimizer.load_state_dict(checkpoint["optimizer"])
         first = checkpoint["update"]
     else:
         some = batches(source, 32, 16, args.seed, samples=samples)
-        frontend.measure((waveform.to(device), lengths.to(device)) for waveform, lengths, _ in
+        frontend.measure((waveform.to(device), lengths) for waveform, lengths, _ in
                          tqdm(some, "mean and deviation", disable=rank > 0, leave=False))
     trained = model if world == 1 else DistributedDataParallel(model)
     trained.train()
@@ -228,13 +246,16 @@ def main(args):
         log_path = out / "log.jsonl"
         lines = log_path.read_text().splitlines(True) if args.resume and log_path.exists() else []
         log = open(log_path, "w", buffering=1)
-        log.writelines(line for line in lines if json.loads(line)["update"] <= first)
+        # What was logged after the checkpoint comes again; a killed run's last line may be torn.
+        log.writelines(line for line in lines if line.endswith("}\n")
+                       and json.loads(line)["update"] <= first)
         count = sum(p.numel() for p in model.parameters())
         print(f"{args.size}, {count / 1e6:.1f} M parameters, on {device} x {world}; {args.data}, "
               f"{len(source)} clips of {args.seconds:g} s in an epoch; chance is what a blind guess "
               "gets")
     bar = tqdm(total=args.updates, initial=first, disable=rank > 0, unit=" updates", smoothing=0.05)
     began = last_time = time.time()
+    last_done = first
     loader = batches(source, args.batch_size, args.updates, args.seed, first, rank, world,
                      args.workers, samples)
     mine = slice(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)
@@ -260,25 +281,30 @@ def main(args):
 
         done = update + 1
         bar.update()
-        if done % args.log_every == 0 or done == args.updates:
+        save = done % args.checkpoint_every == 0 or done == args.updates
+        if done % args.log_every == 0 or save:
             figures = torch.stack([x.float() for x in result] + [gradient_norm])
             if world > 1:
                 dist.all_reduce(figures)
                 figures /= world
             figures = dict(zip((*result._fields, "gradient_norm"), figures.tolist()))
-            if not np.isfinite(figures["loss"]) or not np.isfinite(figures["gradient_norm"]):
-                raise InputError(f"loss or gradient is not finite at update {done}; the last "
-                                 f"checkpoint in {out} is sound: lower --lr, or look at the data")
+            # A gradient that is not finite spoils all weights, and an update that is too large shows
+            # in the weights first; so both are looked at before any checkpoint is written.
+            weights = sum(p.detach().abs().sum() for p in model.parameters()).item()
+            if not np.isfinite([figures["loss"], figures["gradient_norm"], weights]).all():
+                bar.close()
+                raise InputError(f"loss, gradient or weights are not finite at update {done}: lower "
+                                 f"--lr, or look at the data. No checkpoint of it is in {out}")
             now = time.time()
-            speed = args.log_every * args.batch_size / (now - last_time)
-            last_time = now
+            speed = (done - last_done) * args.batch_size / (now - last_time)
+            last_time, last_done = now, done
             if rank == 0:
                 lr = optimizer.param_groups[0]["lr"]
                 log.write(json.dumps(dict(update=done, lr=lr, clips_per_second=round(speed, 1),
                                           **figures)) + "\n")
                 bar.set_postfix_str(f"loss {figures['loss']:.2f} accuracy {figures['accuracy']:.2f} "
                                     f"(chance {figures['chance']:.2f}) lr {lr:.1e} {speed:.0f} clips/s")
-        if rank == 0 and (done % args.checkpoint_every == 0 or done == args.updates):
+        if rank == 0 and save:
             save_checkpoint(out / "checkpoint.pt", model=model.state_dict(), update=done,
                             frontend=frontend.state_dict(), optimizer=optimizer.state_dict(),
                             settings=model.settings, args=vars(args))

@@ -189,7 +189,7 @@ def test_block_is_the_definition():
         for t in range(L):
             for k in range(K):
                 if 0 <= t + k - K // 2 < L:
-                    out[t] += x[t + k - K // 2] * weight[:, 0, k]
+                    out[t] += x[t + k - K // 2] * weight[:, 0, 0, k]
         x = out + w["convolution.depthwise.bias"]
         x = (x - x.mean()) / np.sqrt(x.var() + 1e-5)
         x = x * w["convolution.depthwise_norm.weight"] + w["convolution.depthwise_norm.bias"]
@@ -452,10 +452,14 @@ def bad_files(folder):
     soundfile.write(folder / "nan.wav", np.full(16_000, np.nan), 16_000, subtype="FLOAT")
     write_wav(folder / "cut.wav")
     (folder / "cut.wav").write_bytes((folder / "cut.wav").read_bytes()[:9000])
-    write_wav(folder / "cut.flac")
-    (folder / "cut.flac").write_bytes((folder / "cut.flac").read_bytes()[:9000])
+    for name in ("cut.flac", "cut.aiff", "cut.ogg"):
+        write_wav(folder / name, 5)
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[:len(content) // 2])
+    soundfile.write(folder / "rate.wav", np.ones(100), 7)
     return {"text.wav": "not readable", "nothing.wav": "not readable", "empty.wav": "no sound",
             "nan.wav": "not finite", "cut.wav": "cut off", "cut.flac": "not readable",
+            "cut.aiff": "cut off", "cut.ogg": "cut off", "rate.wav": "can't be right",
             "missing.wav": "no such file"}
 
 
@@ -465,6 +469,28 @@ def test_bad_files_are_named_with_their_fault(tmp_path):
             datasets.read_audio(tmp_path / name)
 
 
+def test_streamed_wav_of_unknown_length_is_whole(tmp_path):
+    """A WAV that was written to a pipe has the largest number for its length."""
+    write_wav(tmp_path / "a.wav")
+    content = bytearray((tmp_path / "a.wav").read_bytes())
+    place = content.index(b"data") + 4
+    content[4:8] = content[place:place + 4] = b"\xff" * 4
+    (tmp_path / "a.wav").write_bytes(content)
+    assert len(datasets.read_audio(tmp_path / "a.wav")) == 16_000
+
+
+def test_damaged_packs_are_refused(tmp_path):
+    write_wav(tmp_path / "in" / "a.wav", 3)
+    datasets.pack(tmp_path / "in", tmp_path / "out", workers=1)
+    assert len(datasets.Packed(tmp_path / "out", 1)) == 1
+    shard = tmp_path / "out" / "shard_00000.int16"
+    for damage in (lambda: shard.write_bytes(shard.read_bytes()[:-2]), shard.unlink,
+                   lambda: (tmp_path / "out" / "index.npy").write_text("x")):
+        damage()
+        with pytest.raises(InputError, match="damaged"):
+            datasets.Packed(tmp_path / "out", 1)
+
+
 def test_pack_keeps_every_good_file_and_lists_the_bad(tmp_path):
     bad = bad_files(tmp_path / "in" / "bad")
     for i in range(5):
@@ -472,7 +498,7 @@ def test_pack_keeps_every_good_file_and_lists_the_bad(tmp_path):
     soundfile.write(tmp_path / "in" / "silent.wav", np.zeros(16_000), 16_000)
     printed = run("datasets.py", "pack", tmp_path / "in", tmp_path / "out", "--workers", 1,
                   "--shard-hours", 0.001)
-    assert "5 recordings" in printed and "7 skipped" in printed
+    assert "5 recordings" in printed and "10 skipped" in printed
     index = np.load(tmp_path / "out" / "index.npy")
     names = (tmp_path / "out" / "names.txt").read_text().split()
     assert names == ["0/0.wav", "0/2.wav", "0/4.wav", "1/1.wav", "1/3.wav"]
@@ -573,6 +599,9 @@ def test_fraction_keeps_all_classes_and_is_nested():
     assert tenth.labels.sum(0).tolist() == [3, 1, 1]
     assert set(tenth.names) < set(third.names)
     assert set(third.names) != set(data.fraction(1 / 3, seed=2).names)
+    several = labelled([2, 2, 2])
+    several.labels = np.array([[1, 0, 0], [0, 0, 0], [0, 1, 0], [0, 0, 0], [1, 1, 1], [0, 0, 0]])
+    assert (several.fraction(0.01, seed=0).labels.sum(0) > 0).all()
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 64, 1000])
@@ -828,6 +857,18 @@ def test_pretraining_from_a_folder_and_from_synth(tmp_path):
         assert read_log(tmp_path / str(i))[-1]["update"] == 2
 
 
+def test_workers_may_be_spawned(pretrained, tmp_path):
+    """As on macOS and Windows, where a worker is a new Python that gets its data set by pickle."""
+    options, whole = pretrained
+    script = ("import multiprocessing, pretrain, sys; multiprocessing.set_start_method('spawn')\n"
+              "pretrain.main(pretrain.parse(sys.argv[1:]))")
+    done = subprocess.run([sys.executable, "-c", script, *map(str, options), "--workers", "2", "--out",
+                           str(tmp_path / "run")], cwd=HERE, capture_output=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True)
+    assert done.returncode == 0, done.stderr
+    assert read_log(tmp_path / "run")[-1]["loss"] == read_log(whole)[-1]["loss"]
+
+
 def test_fine_tuning_over_folds_from_a_checkpoint(pretrained, tmp_path):
     write_esc50(tmp_path)
     for options in ([], ["--freeze", "--head", "frames", "--augment", "jitter", "time_mask", "mixup"]):
@@ -839,7 +880,7 @@ def test_fine_tuning_over_folds_from_a_checkpoint(pretrained, tmp_path):
     assert [line["fold"] for line in results] == [1, 2, 3, 4, 5] * 4
     assert [line["train"] for line in results] == ([24] * 5 + [12] * 5) * 2
     before = pretrain.load_checkpoint(pretrained[1])["model"]
-    after = pretrain.load_checkpoint(tmp_path / "run" / "fold5.pt")["model"]
+    after = torch.load(tmp_path / "run" / "fold5.pt", weights_only=True)["model"]
     assert all(torch.equal(before[name], after[f"encoder.{name}"]) for name in before)   # frozen
 
 
@@ -857,13 +898,20 @@ def test_fine_tuning_in_two_processes_scores_each_clip_once(tmp_path):
     result = json.loads((tmp_path / "run" / "results.jsonl").read_text())
     assert result["test"] == 4 and result["score"] in (0, 0.25, 0.5, 0.75, 1)
     model, front = finetune.build(finetune.parse([]), 2, None)
-    checkpoint = pretrain.load_checkpoint(tmp_path / "run" / "fold1.pt")
+    checkpoint = torch.load(tmp_path / "run" / "fold1.pt", weights_only=True)
     model.load_state_dict(checkpoint["model"])
     front.load_state_dict(checkpoint["frontend"])
     data = datasets.esc50(tmp_path, esc10=True)
     test = data.subset(np.flatnonzero(data.folds == 1))
     logits = finetune.predict(model, front, test, finetune.parse([]), torch.device("cpu"))
     assert accuracy(logits, test.labels) == result["score"]
+
+
+class Evil:
+    """Unpickling this would run code."""
+
+    def __reduce__(self):
+        return os.mkdir, ("code_ran",)
 
 
 @pytest.mark.parametrize("script, options, word", [
@@ -874,7 +922,13 @@ def test_fine_tuning_in_two_processes_scores_each_clip_once(tmp_path):
     ("pretrain.py", ["--resume"], "no checkpoint"),
     ("pretrain.py", ["--device", "nonsense"], "nonsense"),
     ("finetune.py", ["--init", "nowhere"], "nowhere"),
+    ("pretrain.py", ["--lr", "nan"], "--lr"),
+    ("pretrain.py", ["--kernel", "4"], "kernel"),
+    ("pretrain.py", ["--seconds", "0.2"], "--seconds"),
+    ("pretrain.py", ["--size", "huge"], "huge"),
     ("finetune.py", ["--init", "TEXT"], "not a checkpoint"),
+    ("finetune.py", ["--init", "EVIL"], "not a checkpoint"),
+    ("finetune.py", ["--init", "OTHER"], "not from pretrain.py"),
     ("finetune.py", ["--data", "esc50"], "--root"),
     ("finetune.py", ["--data", "esc50", "--root", "EMPTY"], "esc50.csv"),
     ("finetune.py", ["--fraction", "1.5"], "--fraction"),
@@ -884,12 +938,25 @@ def test_fine_tuning_in_two_processes_scores_each_clip_once(tmp_path):
 def test_bad_input_gets_one_line_and_exit_code_2(tmp_path, script, options, word):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.pt").write_text("no checkpoint")
-    options = [option.replace("EMPTY", "empty").replace("TEXT", "text.pt") for option in options]
+    torch.save(dict(model=Evil()), tmp_path / "evil.pt")
+    torch.save(dict(model={}, settings={}), tmp_path / "other.pt")
+    for placeholder, name in dict(EMPTY="empty", TEXT="text.pt", EVIL="evil.pt", OTHER="other.pt").items():
+        options = [option.replace(placeholder, name) for option in options]
     message = run(script, *options, code=2, cwd=tmp_path)
     assert word in message and message.count("\n") == 1, message
+    assert not (tmp_path / "code_ran").exists()
 
 
-def test_a_run_is_not_overwritten(pretrained):
+def test_a_run_is_not_overwritten_nor_changed_halfway(pretrained):
     options, folder = pretrained
     message = run("pretrain.py", *options, "--out", folder, code=2)
     assert "--resume" in message and "--out" in message
+    message = run("pretrain.py", *options, "--out", folder, "--resume", "--seed", 1, code=2)
+    assert "--seed 0, not 1" in message
+
+
+def test_a_run_that_explodes_leaves_no_checkpoint(pretrained, tmp_path):
+    options, _ = pretrained
+    message = run("pretrain.py", *options, "--lr", 1e6, "--clip", 1e6, "--warmup", 0, "--updates", 60,
+                  "--temperature", 1e-12, "--out", tmp_path / "run", code=2)
+    assert "not finite" in message and not (tmp_path / "run" / "checkpoint.pt").exists()

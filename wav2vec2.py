@@ -185,8 +185,10 @@ class Wav2Vec2(nn.Module):
         for name in ("width", "blocks", "heads", "ffn", "stack", "latent", "span", "distractors"):
             if s[name] < 1:
                 raise ValueError(f"{name} must be at least 1, not {s[name]}")
-        if not 0 < s["mask"] < 1 or not 0 <= s["dropout"] < 1 or s["temperature"] <= 0:
+        if not 0 < s["mask"] < 1 or not 0 <= s["dropout"] < 1 or not s["temperature"] > 0:
             raise ValueError("mask must lie between 0 and 1, dropout in [0, 1), temperature over 0")
+        if s["norm"] not in ("group", "batch"):
+            raise ValueError(f"norm must be group or batch, not {s['norm']}")
         self.features = FeatureEncoder(s["stack"], s["latent"])
         self.mask_embedding = nn.Parameter(torch.rand(s["latent"]))
         self.input = nn.Linear(s["latent"], s["width"])
