@@ -90,7 +90,8 @@ class Convolution(nn.Module):
             raise ValueError(f"the kernel of a convolution must be odd, not {kernel}")
         self.norm = nn.LayerNorm(width)
         self.expand = nn.Linear(width, 2 * width)
-        self.depthwise = nn.Conv2d(width, width, (1, kernel), padding=(0, kernel // 2), groups=width)
+        self.depthwise = nn.Conv2d(width, width, (1, kernel), padding=(0, kernel // 2),
+                                   groups=width).to(memory_format=torch.channels_last)
         self.depthwise_norm = {"group": ClipNorm, "batch": BatchNorm}[norm](width)
         self.contract = nn.Linear(width, width)
         self.dropout = Dropout(dropout)
