@@ -101,7 +101,7 @@ class Convolution(nn.Module):
         if padding_mask is not None:                # padding must look like the void beyond the end
             x = x.masked_fill(padding_mask[:, :, None], 0)
         # A (B, L, D) tensor is a (B, D, 1, L) image whose channels come last in memory. Said so, the
-        # convolution runs on it in place, 2 to 3 times faster on a CPU than on a transposed copy.
+        # convolution needs no copy, and is 2 to 3 times faster on a CPU than on a transposed one.
         x = self.depthwise(x.transpose(1, 2).unsqueeze(2)).squeeze(2).transpose(1, 2)
         x = F.silu(self.depthwise_norm(x, padding_mask))
         return self.dropout(self.contract(x))

@@ -30,10 +30,7 @@ AUDIO = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au
 
 
 class InputError(Exception):
-    """Something the user gave can't be used. The message names it and the remedy, in one line."""
-
-
-# ------------------------------------------------------------------------------ reading recordings
+    """A run can't go on with what the user gave. The message names it and the remedy, in one line."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,7 +40,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; --help explains\n")
 
 
-def number(kind, low, high):
+def in_range(kind, low, high):
     """An argparse type: an int or float from `low` to `high`."""
     def parse(text):
         value = kind(text)
@@ -51,6 +48,9 @@ def number(kind, low, high):
             raise argparse.ArgumentTypeError(f"must be {low:g} to {high:g}, not {text}")
         return value
     return parse
+
+
+# ------------------------------------------------------------------------------ reading recordings
 
 
 # What libsndfile notes in its log about a file that ends early: by format, the size that the header
@@ -153,8 +153,8 @@ def pack(folder, out, shard_hours=5.0, workers=None):
     files = audio_files(folder)
     out.mkdir(parents=True, exist_ok=True)
     limit = int(shard_hours * 3600 * SAMPLE_RATE)
-    index, names, skipped, shard, position = [], [], [], -1, limit
-    file = None
+    index, names, skipped = [], [], []
+    shard, position, file = 0, 0, None
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         decoded = pool.map(_decode, files, chunksize=4)
         for path, waveform in zip(files, tqdm(decoded, "pack", len(files), unit=" files")):
@@ -162,9 +162,11 @@ def pack(folder, out, shard_hours=5.0, workers=None):
             if isinstance(waveform, str):
                 skipped.append(f"{name}: {waveform}")
                 continue
-            if position >= limit:
-                shard, position = shard + 1, 0
-                file = file and file.close() or open(out / f"shard_{shard:05}.int16", "wb")
+            if file is None or position >= limit:
+                if file is not None:
+                    file.close()
+                    shard += 1
+                file, position = open(out / f"shard_{shard:05}.int16", "wb"), 0
             file.write(waveform.astype("<i2").tobytes())
             index.append((shard, position, len(waveform)))
             names.append(name)
@@ -172,8 +174,8 @@ def pack(folder, out, shard_hours=5.0, workers=None):
     if not index:
         raise InputError(f"{folder}: none of the {len(files)} files is usable: {skipped[0]}, ...")
     file.close()
-    for file, lines in (("names.txt", names), ("skipped.txt", skipped)):
-        (out / file).write_text("".join(f"{line}\n" for line in lines), "utf-8", "backslashreplace")
+    for name, lines in (("names.txt", names), ("skipped.txt", skipped)):
+        (out / name).write_text("".join(f"{line}\n" for line in lines), "utf-8", "backslashreplace")
     np.save(out / "index.part.npy", np.array(index, INDEX))
     os.replace(out / "index.part.npy", out / "index.npy")
     return len(index), skipped
@@ -230,6 +232,8 @@ class Folder:
             try:
                 with open_audio(path) as file:
                     duration = file.frames / file.samplerate
+                    if file.frames > 2**40:
+                        raise InputError(f"{path}: does not say how long it is")
             except InputError as error:
                 raise InputError(f"{error}; `python datasets.py pack` leaves such files out") from None
             if duration >= 1:
@@ -250,7 +254,7 @@ class Folder:
 
 
 def _noise(rng, n, low=0.0, high=8000.0, slope=0.0):
-    """n samples of noise between two frequencies in Hz, its power falling with f ** slope."""
+    """n samples of noise between two frequencies in Hz, its power proportional to f ** slope."""
     size = -(-n // 4000) * 4000                     # no large prime in it: fast Fourier transform
     f = np.fft.rfftfreq(size, 1 / SAMPLE_RATE).clip(20)
     gain = f ** (slope / 2) / ((1 + (low / f) ** 6) * (1 + (f / high) ** 6))
@@ -266,9 +270,9 @@ def _tone(frequency, harmonics=(1.0,)):
     return period[(np.cumsum(frequency) * (4096 / SAMPLE_RATE)).astype(np.int64) % 4096]
 
 
-def _strokes(rng, t, rate, jitter):
-    """Time since the last stroke, for strokes `rate` times a second, more or less regular."""
-    times = np.cumsum(rng.uniform(1 - jitter, 1 + jitter, int(t[-1] * rate / (1 - jitter)) + 2) / rate)
+def _strokes(rng, t, rate, spread):
+    """Time since the last stroke and its number, for strokes about `rate` times a second."""
+    times = np.cumsum(rng.uniform(1 - spread, 1 + spread, int(t[-1] * rate / (1 - spread)) + 2) / rate)
     times = np.concatenate([[0], times])
     which = np.searchsorted(times, t, side="right") - 1
     return t - times[which], which
@@ -373,7 +377,8 @@ def synth_clip(index, split="unlabelled", seconds=5.0):
 
 
 class Synth:
-    """Synthetic clips without labels; an epoch has 2,000, each made once and then kept (320 MB)."""
+    """Synthetic clips without labels; an epoch has 2,000, each made once and then kept: 320 MB at
+    5 s, in each process that reads."""
 
     def __init__(self, seconds):
         self.seconds, self.made = seconds, {}
@@ -500,13 +505,14 @@ def shuffled(position, count, seed):
     A Feistel network, a cipher, permutes the next power of four; what falls outside the range is
     sent through again until it falls inside. So any update of a run knows its clips at once.
     """
-    half = (max(count - 1, 1).bit_length() + 1) // 2
+    half = (max(count - 1, 1).bit_length() + 1) // 2        # bits in half a position
+    low = (1 << half) - 1
     while True:
-        left, right = position >> half, position & (1 << half) - 1
-        for round in range(4):
-            digest = hashlib.blake2b(f"{seed} {round} {right}".encode(), digest_size=8).digest()
-            left, right = right, left ^ int.from_bytes(digest, "little") & (1 << half) - 1
-        position = left << half | right
+        left, right = position >> half, position & low
+        for turn in range(4):
+            digest = hashlib.blake2b(f"{seed} {turn} {right}".encode(), digest_size=8).digest()
+            left, right = right, left ^ (int.from_bytes(digest, "little") & low)
+        position = (left << half) | right
         if position < count:
             return position
 
@@ -527,7 +533,10 @@ class Drawn(torch.utils.data.Dataset):
 
 
 def collate(clips, samples=None):
-    """Pad (waveform, number) pairs with zeros: waveform (B, S) int16, lengths (B,), numbers (B,)."""
+    """Pad (waveform, number) pairs with zeros: waveform (B, S) int16, lengths (B,), numbers (B,).
+
+    S is `samples`, or the length of the longest.
+    """
     lengths = torch.tensor([len(waveform) for waveform, _ in clips])
     waveform = torch.zeros(len(clips), samples or int(lengths.max()), dtype=torch.int16)
     for row, (clip, _) in zip(waveform, clips):
@@ -557,13 +566,13 @@ def main():
     command.add_argument("folder", help="recordings, in sub-folders too (links to folders are "
                          "not followed): " + " ".join(AUDIO))
     command.add_argument("out", help="folder to write; 115 MB an hour")
-    command.add_argument("--shard-hours", type=number(float, 1e-3, 100), default=5.0,
+    command.add_argument("--shard-hours", type=in_range(float, 1e-3, 100), default=5.0,
                          help="hours in a file (%(default)s)")
-    command.add_argument("--workers", type=number(int, 1, 1024),
+    command.add_argument("--workers", type=in_range(int, 1, 1024),
                          help="processes that decode (as many as cores)")
     command = commands.add_parser("synth", help="write synthetic clips as .wav and what is in them")
     command.add_argument("out", help="folder to write")
-    command.add_argument("--clips", type=number(int, 1, 10**6), default=10, help="(%(default)s)")
+    command.add_argument("--clips", type=in_range(int, 1, 10**6), default=10, help="(%(default)s)")
     args = parser.parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")       # file names hold anything
     try:
@@ -581,7 +590,7 @@ def main():
                 soundfile.write(Path(args.out) / f"{i}.wav", waveform, SAMPLE_RATE)
                 print(f"{i}.wav", json.dumps(events))
     except (InputError, OSError) as error:
-        sys.exit(f"datasets.py: {error}") if False else parser.exit(2, f"datasets.py: {error}\n")
+        parser.exit(2, f"datasets.py: {error}\n")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ ESC-50 or ESC-10, all five folds, from your own pre-training, with all labels an
     python finetune.py --data esc50 --root /my/ESC-50 --init runs/mine --fold all
     python finetune.py --data esc10 --root /my/ESC-50 --init runs/mine --fold all --fraction 0.333
 Several GPUs: `torchrun --nproc_per_node=8 finetune.py ...`.
-In the run's folder: a checkpoint for each fold, and results.jsonl, a line of JSON for each.
+In the run's folder: a checkpoint for each fold and fraction, results.jsonl with a line of JSON for each.
 """
 import argparse
 import json
@@ -27,7 +27,7 @@ from tqdm import tqdm
 import augment
 import metrics
 from conformer import Dropout
-from datasets import LABELLED, InputError, Parser, batches, collate, number
+from datasets import LABELLED, InputError, Parser, batches, collate, in_range
 from frontend import LogMel
 from pretrain import (autocast, load_checkpoint, load_model, padding_of, save_checkpoint, seed_of,
                       start)
@@ -74,9 +74,9 @@ class Classifier(nn.Module):
     def __init__(self, encoder, classes, head="mean", dropout=0.1, freeze=False):
         super().__init__()
         self.encoder, self.head, self.freeze = encoder, head, freeze
-        for unused in (encoder.output, *[encoder] * freeze):    # what pre-training alone needs
-            unused.requires_grad_(False)
-        encoder.mask_embedding.requires_grad_(False)
+        encoder.requires_grad_(not freeze)
+        encoder.output.requires_grad_(False)            # only pre-training needs these two, and
+        encoder.mask_embedding.requires_grad_(False)    # several processes refuse unused parameters
         self.dropout = Dropout(dropout)
         self.linear = nn.Linear(encoder.settings["width"], classes)
 
@@ -113,47 +113,50 @@ def three_stages(update, updates, peak, shares=(0.3, 0.3, 0.4)):
 
 def parse(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    share = number(float, 0, 1)
+    share = in_range(float, 0, 1)
     group = parser.add_argument_group("run")
     group.add_argument("--init", nargs="?", const="runs/pretrain", metavar="RUN", help="start from "
                        "this pre-training run (no name: runs/pretrain); without it, from scratch")
     group.add_argument("--out", default="runs/finetune", help="folder of this run (%(default)s)")
-    group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="(%(default)s)")
+    group.add_argument("--seed", type=in_range(int, 0, 2**63 - 1), default=0, help="another seed starts "
+                       "from another head, draws other clips (%(default)s)")
     group.add_argument("--device", choices=["cpu", "cuda", "mps"], help="(the best there is)")
     group.add_argument("--dtype", choices=["fp32", "bf16"], help="(bf16 on CUDA, else fp32)")
-    group.add_argument("--workers", type=number(int, 0, 1024), default=0, help="processes that read data "
+    group.add_argument("--workers", type=in_range(int, 0, 1024), default=0, help="processes that read data "
                        "(%(default)s: the clips are in memory)")
 
     group = parser.add_argument_group("data")
-    group.add_argument("--data", choices=LABELLED, default="synth", help="(%(default)s)")
+    group.add_argument("--data", choices=LABELLED, default="synth", help="the labelled set; synth is "
+                       "made on the fly (%(default)s)")
     group.add_argument("--root", help="where the data set lies, in its official layout")
     group.add_argument("--fold", default="1", help="the fold to test on, or 'all', one after the "
                        "other (%(default)s)")
-    group.add_argument("--fraction", type=number(float, 1e-6, 1), nargs="+", default=[1.0], help="of the training "
+    group.add_argument("--fraction", type=in_range(float, 1e-6, 1), nargs="+", default=[1.0], help="of the training "
                        "clips, class by class; several are tried one after the other (%(default)s)")
     group.add_argument("--validate", action="store_true", help="leave the test set alone: hold out "
                        "the next fold (or a fifth) of the training clips and report on these. For "
                        "choosing options")
 
     group = parser.add_argument_group("model")
-    group.add_argument("--size", choices=SIZES, default="tiny", help="from scratch only; else that "
-                       "of --init (%(default)s)")
+    group.add_argument("--size", choices=SIZES, help="from scratch (tiny); with --init the size is "
+                       "that of the run")
     group.add_argument("--head", choices=["mean", "frames"], default="mean", help="'mean': average "
                        "the embeddings, then a linear layer; 'frames': probabilities at each step, "
                        "then linear softmax pooling (%(default)s)")
     group.add_argument("--freeze", action="store_true", help="train the head only (linear probe)")
-    group.add_argument("--head-dropout", type=number(float, 0, 0.99), help="before the output layer; more helps "
+    group.add_argument("--head-dropout", type=in_range(float, 0, 0.99), help="before the output layer; more helps "
                        "against over-fitting with few labels (0.1)")
 
     group = parser.add_argument_group("optimisation (Sec. 4)")
-    group.add_argument("--updates", type=number(int, 1, 10**9), help="(synth 300, esc10 500, esc50 2000)")
-    group.add_argument("--batch-size", type=number(int, 1, 10**6), help="clips in an update, over all processes "
+    group.add_argument("--updates", type=in_range(int, 1, 10**9), help="(synth 300, esc10 500, esc50 2000)")
+    group.add_argument("--batch-size", type=in_range(int, 1, 10**6), help="clips in an update, over all processes "
                        "(esc10 16, else 32)")
-    group.add_argument("--lr", type=number(float, 1e-12, 1e6), help="peak learning rate (synth 1e-3, esc10 5e-4, "
+    group.add_argument("--lr", type=in_range(float, 1e-12, 1e6), help="peak learning rate (synth 1e-3, esc10 5e-4, "
                        "esc50 3e-4)")
     group.add_argument("--stages", type=share, nargs=3, default=(0.3, 0.3, 0.4),
                        metavar=("WARMUP", "HOLD", "DECAY"), help="shares of the updates (%(default)s)")
-    group.add_argument("--weight-decay", type=number(float, 0, 1e6), default=0.01, help="(%(default)s)")
+    group.add_argument("--weight-decay", type=in_range(float, 0, 1e6), default=0.01, help="pulls "
+                       "weights to 0; more of it regularises more (%(default)s)")
     group.add_argument("--loss", choices=["bce", "ce"], default="bce", help="binary cross-entropy, "
                        "as in the paper, or, where a clip has one label, cross-entropy (%(default)s)")
     group.add_argument("--augment", nargs="*", choices=["jitter", "time_mask", "mixup"], default=[],
@@ -164,6 +167,8 @@ def parse(argv=None):
             setattr(args, name, value)
     if abs(sum(args.stages) - 1) > 1e-3:
         raise InputError(f"--stages {args.stages} must be three shares that sum to 1")
+    if args.size is not None and args.init is not None:
+        raise InputError("--size is for training from scratch: with --init it is that of the run")
     if args.data != "synth" and args.root is None:
         raise InputError(f"--data {args.data} needs --root, the folder where it lies")
     return args
@@ -173,27 +178,31 @@ def build(args, classes, checkpoint):
     """A new classifier, and the frontend: of the checkpoint if there is one, else from scratch."""
     torch.manual_seed(args.seed)
     frontend = LogMel()
-    encoder = Wav2Vec2(args.size, **checkpoint["settings"] if checkpoint else {})
     if checkpoint:
+        encoder = Wav2Vec2(**checkpoint["settings"])    # which are all there are, so no size counts
         load_model(checkpoint, encoder, frontend)
+    else:
+        encoder = Wav2Vec2(args.size or "tiny")
     return Classifier(encoder, classes, args.head, args.head_dropout, args.freeze), frontend
 
 
 def split(data, fold, fraction, args):
     """Training and test set of a fold; see --fraction and --validate."""
-    train, test = np.flatnonzero(data.folds != fold), np.flatnonzero(data.folds == fold)
+    training, test = np.flatnonzero(data.folds != fold), np.flatnonzero(data.folds == fold)
     if args.validate:
-        others = sorted(set(data.folds[train]) - {0})
+        others = sorted(set(data.folds[training]) - {0})
         if others:
-            held_out = data.folds[train] == next((k for k in others if k > fold), others[0])
+            held_out = data.folds[training] == next((k for k in others if k > fold), others[0])
         else:
-            held_out = np.arange(len(train)) % 5 == 0
-        train, test = train[~held_out], train[held_out]
-    if len(train) == 0 or len(test) == 0:
-        raise InputError(f"{args.data}: fold {fold} leaves {len(train)} clips to train on and "
+            held_out = np.arange(len(training)) % 5 == 0
+        training, test = training[~held_out], training[held_out]
+    if len(training) == 0 or len(test) == 0:
+        raise InputError(f"{args.data}: fold {fold} leaves {len(training)} clips to train on and "
                          f"{len(test)} to test on; is the table of the data set whole?")
-    train = data.subset(train)
-    return (train if fraction == 1 else train.fraction(fraction, args.seed)), data.subset(test)
+    training = data.subset(training)
+    if fraction < 1:
+        training = training.fraction(fraction, args.seed)
+    return training, data.subset(test)
 
 
 def augmented(waveform, lengths, frontend, args, generator):
@@ -234,7 +243,7 @@ def train(model, frontend, data, args, device, rank, world, label):
     """Fine-tune in place on a labelled set; `label` names the run in the progress bar."""
     frontend.to(device)
     model.to(device).train()
-    trained = model if world == 1 else DistributedDataParallel(model)
+    wrapped = model if world == 1 else DistributedDataParallel(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=args.weight_decay,
                                   fused=device.type != "mps")
@@ -244,12 +253,12 @@ def train(model, frontend, data, args, device, rank, world, label):
     for update, (waveform, lengths, numbers) in enumerate(bar):
         for group in optimizer.param_groups:
             group["lr"] = three_stages(update, args.updates, args.lr, args.stages)
-        generator = torch.Generator().manual_seed(seed_of(args.seed, update, rank))
-        torch.manual_seed(seed_of(args.seed, update, rank))     # dropout
+        generator = torch.Generator().manual_seed(seed_of(1, args.seed, update, rank))
+        torch.manual_seed(seed_of(2, args.seed, update, rank))          # dropout
         with torch.no_grad():
             log_mel, padding_mask = augmented(waveform.to(device), lengths, frontend, args, generator)
         with autocast(device, args.dtype):
-            logits = trained(log_mel, padding_mask)
+            logits = wrapped(log_mel, padding_mask)
         target = labels[numbers].to(device)
         if args.loss == "ce":
             loss = F.cross_entropy(logits, target.argmax(1))
@@ -284,7 +293,7 @@ def main(args):
         out.mkdir(parents=True, exist_ok=True)
         results = open(out / "results.jsonl", "a", buffering=1)
         print(f"{args.data}: {len(data)} clips, {len(data.classes)} classes, on {device} x {world}; "
-              + (f"from {args.init}" if args.init else f"{args.size} from scratch"))
+              + (f"from {args.init}" if args.init else f"{args.size or 'tiny'} from scratch"))
     for fraction in args.fraction:
         scores = []
         for fold in folds:
@@ -305,7 +314,7 @@ def main(args):
                       f"on {len(test)} clips, after {len(training)} clips x "
                       f"{args.updates * args.batch_size / len(training):.0f} epochs, "
                       f"{line['minutes']:.1f} min", flush=True)
-                save_checkpoint(out / f"fold{fold}.pt", model=model.state_dict(),
+                save_checkpoint(out / f"fold{fold}_fraction{fraction:g}.pt", model=model.state_dict(),
                                 frontend=frontend.state_dict(), settings=model.encoder.settings,
                                 classes=data.classes, head=args.head, args=vars(args))
         if rank == 0 and len(folds) > 1:

@@ -53,7 +53,7 @@ def frame_count(samples):
 class LogMel(nn.Module):
     """Normalised log-mel spectrogram.
 
-    waveform (B, S), float in [-1, 1] or int16  ->  log-mels (B, T, 64), float32, T = S // 320.
+    waveform (B, S), float in [-1, 1] or int16  ->  log-mels (B, T, 64), float32, T = max(S // 320, 1).
     Frame t is centred on sample 320 t; beyond the ends the waveform counts as zeros, so that a
     clip's frames are the same alone and zero-padded in a batch. Each band is shifted and scaled by
     the mean and standard deviation of the pre-training corpus, which `measure` finds. They are
@@ -130,8 +130,8 @@ def resample(waveform, from_rate, to_rate, zeros=64, attenuation=80.0):
     beta = torch.tensor(0.1102 * (attenuation - 8.7), dtype=torch.float64)
     reach = math.ceil(zeros / lower)                  # of the filter, in input samples
 
-    # A cycle takes `step` input samples to `phases` outputs; short ones are joined to one of 64
-    # outputs or more, long ones taken 128 outputs at a time, so that each product is worth a call.
+    # A cycle takes `step` input samples to `phases` outputs. Short cycles are repeated to at least 64
+    # outputs, long ones cut into pieces of 128, so that each matrix product is large enough to be fast.
     joined = -(-64 // phases)
     step, phases = step * joined, phases * joined
     count = -(-waveform.shape[-1] * phases // step)

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from datasets import InputError, Parser, batches, number, open_source
+from datasets import InputError, Parser, batches, in_range, open_source
 from frontend import SAMPLE_RATE, LogMel, frame_count
 from wav2vec2 import COMMON, SIZES, Wav2Vec2, span_mask
 
@@ -128,7 +128,8 @@ def autocast(device, dtype):
 
 
 def learning_rate(update, peak, warmup, updates):
-    """Sec. 2.3: linear from 0 to the peak over `warmup` updates, then linear to 0 at `updates`."""
+    """Sec. 2.3: linear to the peak over `warmup` updates (peak / warmup in the first), then linear to
+    0 at `updates`."""
     if update < warmup:
         return peak * (update + 1) / warmup
     return peak * (updates - update) / max(updates - warmup, 1)
@@ -136,53 +137,56 @@ def learning_rate(update, peak, warmup, updates):
 
 def parse(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    some, positive = number(int, 1, 10**9), number(float, 1e-12, 1e6)
+    count, positive = in_range(int, 1, 10**9), in_range(float, 1e-12, 1e6)
     group = parser.add_argument_group("run")
     group.add_argument("--out", default="runs/pretrain", help="folder of this run (%(default)s)")
     group.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="another seed draws other clips, crops, "
+    group.add_argument("--seed", type=in_range(int, 0, 2**63 - 1), default=0, help="another seed draws other clips, crops, "
                        "masks and starting weights (%(default)s)")
     group.add_argument("--device", choices=["cpu", "cuda", "mps"], help="(the best there is)")
     group.add_argument("--dtype", choices=["fp32", "bf16"], help="bf16 halves memory and time where "
                        "the processor has it (bf16 on CUDA, else fp32)")
-    group.add_argument("--workers", type=number(int, 0, 1024), help="processes that read data (one a core, up to 8, "
+    group.add_argument("--workers", type=in_range(int, 0, 1024), help="processes that read data (one a core, up to 8, "
                        "with a GPU; none without: the training takes the cores)")
-    group.add_argument("--log-every", type=some, default=10, help="updates (%(default)s)")
-    group.add_argument("--checkpoint-every", type=some, default=1000, help="updates (%(default)s)")
+    group.add_argument("--log-every", type=count, default=10, help="updates between two lines of the "
+                       "log (%(default)s)")
+    group.add_argument("--checkpoint-every", type=count, default=1000, help="updates between two "
+                       "checkpoints: what a killed run loses at most (%(default)s)")
 
     group = parser.add_argument_group("data")
     group.add_argument("--data", default="synth", help="'synth' (made on the fly), a folder that "
                        "`datasets.py pack` wrote, or any folder of recordings (%(default)s)")
-    group.add_argument("--seconds", type=number(float, 0.1, 3600), help="length of a clip (tiny: 5, else 10); longer "
+    group.add_argument("--seconds", type=in_range(float, 0.1, 3600), help="length of a clip (tiny: 5, else 10); longer "
                        "gives more context and more distractors, and costs more")
-    group.add_argument("--batch-size", type=some, help="clips in an update, over all processes "
+    group.add_argument("--batch-size", type=count, help="clips in an update, over all processes "
                        "together (tiny: 32, else 256)")
 
     group = parser.add_argument_group("model", "Settings of the size that can be changed.")
     group.add_argument("--size", choices=SIZES, default="tiny", help="tiny for a laptop, small and "
                        "large as in the paper (%(default)s)")
     for name, default, text in (
-            ("width", some, "D, of the conformer"), ("blocks", some, "conformer blocks (Fig. 2b)"),
-            ("heads", some, "attention heads (Fig. 2c)"), ("ffn", some, "units in feed-forward networks"),
-            ("first-kernel", some, "steps of the first block's convolution (31)"),
-            ("kernel", some, "steps of the other blocks' (15)"),
+            ("width", count, "D, of the conformer"), ("blocks", count, "conformer blocks (Fig. 2b)"),
+            ("heads", count, "attention heads (Fig. 2c)"), ("ffn", count, "units in feed-forward networks"),
+            ("first-kernel", count, "steps of the first block's convolution (31)"),
+            ("kernel", count, "steps of the other blocks' (15)"),
             ("dropout", float, "share of activations dropped (0.1)"),
             ("norm", str, "in the convolution: group (default) or batch"),
-            ("stack", some, "R, log-mel frames in a latent (4)"),
-            ("latent", some, "C, width of a latent (256)"),
+            ("stack", count, "R, log-mel frames in a latent (4)"),
+            ("latent", count, "C, width of a latent (256)"),
             ("mask", float, "share of latents masked (0.3); more makes the task harder"),
-            ("span", some, "latents masked in a row (3); shorter ones are guessed from their neighbours"),
-            ("distractors", some, "K (100)"),
+            ("span", count, "latents masked in a row (3); shorter ones are guessed from their neighbours"),
+            ("distractors", count, "K (100)"),
             ("temperature", positive, "divides similarities (0.1); larger blurs the choice")):
         choices = ["group", "batch"] if name == "norm" else None
         group.add_argument(f"--{name}", type=default, choices=choices, help=text)
 
     group = parser.add_argument_group("optimisation (Sec. 2.3)")
-    group.add_argument("--updates", type=some, help="of the whole run (tiny: 500, else 300000)")
-    group.add_argument("--warmup", type=number(int, 0, 10**9), help="updates to the peak (tiny: a tenth, "
+    group.add_argument("--updates", type=count, help="of the whole run (tiny: 500, else 300000)")
+    group.add_argument("--warmup", type=in_range(int, 0, 10**9), help="updates to the peak (tiny: a tenth, "
                        "else a thirtieth of all)")
     group.add_argument("--lr", type=positive, help="peak learning rate (tiny: 1e-3, else 3e-4)")
-    group.add_argument("--weight-decay", type=number(float, 0, 1e6), default=0.01, help="(%(default)s)")
+    group.add_argument("--weight-decay", type=in_range(float, 0, 1e6), default=0.01, help="pulls weights to 0; "
+                       "more of it regularises more (%(default)s)")
     group.add_argument("--clip", type=positive, default=1.0, help="largest gradient norm; a longer "
                        "gradient is scaled down to it (%(default)s)")
     args = parser.parse_args(argv)
@@ -209,7 +213,8 @@ def main(args):
     elif (out / "checkpoint.pt").exists():
         raise InputError(f"{out} holds a run already: go on with --resume, or name another --out")
     if args.workers is None:
-        args.workers = min(8, os.cpu_count() // world) if device.type == "cuda" else 0
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))      # on this machine
+        args.workers = min(8, os.cpu_count() // processes) if device.type == "cuda" else 0
 
     torch.manual_seed(args.seed)
     try:
@@ -221,7 +226,7 @@ def main(args):
                                   weight_decay=args.weight_decay, fused=device.type != "mps")
     samples, first = round(args.seconds * SAMPLE_RATE), 0
     latents = model.noise_shape(1, frame_count(samples))[1]
-    if not span_mask(torch.rand(1, latents), model.settings["mask"], model.settings["span"]).sum() < latents:
+    if span_mask(torch.rand(1, latents), model.settings["mask"], model.settings["span"]).all():
         raise InputError(f"--seconds {args.seconds:g} gives {latents} latents, which would all be "
                          "masked: make it longer, or --span, --mask or --stack smaller")
     source = open_source(args.data, args.seconds)
@@ -235,11 +240,11 @@ def main(args):
         optimizer.load_state_dict(checkpoint["optimizer"])
         first = checkpoint["update"]
     else:
-        some = batches(source, 32, 16, args.seed, samples=samples)
+        sample = batches(source, 32, 16, args.seed, samples=samples)
         frontend.measure((waveform.to(device), lengths) for waveform, lengths, _ in
-                         tqdm(some, "mean and deviation", disable=rank > 0, leave=False))
-    trained = model if world == 1 else DistributedDataParallel(model)
-    trained.train()
+                         tqdm(sample, "mean and deviation", disable=rank > 0, leave=False))
+    wrapped = model if world == 1 else DistributedDataParallel(model)
+    wrapped.train()
 
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -258,18 +263,19 @@ def main(args):
     last_done = first
     loader = batches(source, args.batch_size, args.updates, args.seed, first, rank, world,
                      args.workers, samples)
+    # Clips are padded to one length in all processes, so that all draw the same random numbers.
     mine = slice(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)
     for update, (waveform, lengths, _) in enumerate(loader, first):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(update, args.lr, args.warmup, args.updates)
         # Masks and distractors are drawn for the whole batch, whatever part of it is ours.
-        generator = torch.Generator().manual_seed(seed_of(args.seed, update))
-        torch.manual_seed(seed_of(args.seed, update, rank))     # dropout
+        generator = torch.Generator().manual_seed(seed_of(1, args.seed, update))
+        torch.manual_seed(seed_of(2, args.seed, update, rank))          # dropout
         log_mel = frontend(waveform.to(device, non_blocking=True))          # (B, T, 64)
         noise = torch.rand(model.noise_shape(args.batch_size, log_mel.shape[1]),
                            generator=generator)[mine]
         with autocast(device, args.dtype):
-            result = trained(log_mel, padding_of(lengths, log_mel),
+            result = wrapped(log_mel, padding_of(lengths, log_mel),
                              noise.to(device, non_blocking=True))
         total = result.count.clone()            # of all processes; the loss is the mean over these
         if world > 1:
@@ -288,8 +294,10 @@ def main(args):
                 dist.all_reduce(figures)
                 figures /= world
             figures = dict(zip((*result._fields, "gradient_norm"), figures.tolist()))
-            # A gradient that is not finite spoils all weights, and an update that is too large shows
-            # in the weights first; so both are looked at before any checkpoint is written.
+            figures["count"] *= world       # these two are totals, the rest means of the processes
+            figures["dropped"] *= world
+            # Before saving: a gradient that is not finite ruins the weights at once, and a step that
+            # is too large shows in the weights before it shows in the loss.
             weights = sum(p.detach().abs().sum() for p in model.parameters()).item()
             if not np.isfinite([figures["loss"], figures["gradient_norm"], weights]).all():
                 bar.close()

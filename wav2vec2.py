@@ -23,6 +23,7 @@ SIZES = {
     "small": dict(width=256, blocks=12, heads=8, ffn=1024),             # cf S
     "large": dict(width=768, blocks=12, heads=12, ffn=1024),            # cf L
 }
+# mask, span and distractors are mask_prob, mask_length and num_negatives in wav2vec 2.0's own code.
 COMMON = dict(
     first_kernel=31, kernel=15, dropout=0.1, norm="group",
     stack=4,            # R: log-mel frames in a latent
@@ -45,8 +46,8 @@ class Pretraining(NamedTuple):
     accuracy: torch.Tensor          # share of them whose own latent scores above all distractors
     chance: torch.Tensor            # the accuracy of a blind guess
     masked: torch.Tensor            # share of the steps that are masked
-    latent_std: torch.Tensor        # standard deviation over time of the latents' components
-    latent_cosine: torch.Tensor     # mean cosine between latents of different steps of a clip
+    latent_std: torch.Tensor        # of the masked latents: standard deviation over time
+    latent_cosine: torch.Tensor     # of the same: mean cosine between two of different steps of a clip
     duplicates: torch.Tensor        # share of distractors that equal the latent to be found
     dropped: torch.Tensor           # masked steps without one distractor left, not counted
 
@@ -115,9 +116,10 @@ def sample_distractors(noise, valid):
     never the step itself. Meaningless where `valid` is False or a clip has a single masked step.
     """
     others = (valid.sum(1) - 1).clamp(min=1)[:, None, None]                     # (B, 1, 1)
-    index = (noise * others).long().clamp(max=others - 1)
+    index = (noise * others).long().clamp(max=others - 1)           # a product may round up
     itself = torch.arange(valid.shape[1], device=valid.device)[:, None]         # (M, 1)
-    return (index + (index >= itself)).clamp(max=valid.shape[1] - 1)            # hop over itself
+    index = index + (index >= itself)                                           # hop over itself
+    return index.clamp(max=valid.shape[1] - 1)      # one masked step alone: meaningless, but an index
 
 
 def contrastive_loss(context, targets, distractors, valid=None, temperature=0.1):
@@ -130,7 +132,7 @@ def contrastive_loss(context, targets, distractors, valid=None, temperature=0.1)
     Returns the loss (B, M) in nats at each step, 0 where it does not count, and a dictionary of
     (B, M) figures: `counts`, `correct`, `chance`, `duplicates`. A distractor that is equal to the
     target (silence, a loop) has no right answer: it is left out, and a step that has none left does
-    not count. Masking it in the logits alone would call a collapsed model perfect, with a loss of 0.
+    not count. Left out of the logits but counted all the same, a collapsed model would have loss 0.
     """
     B, M, K = distractors.shape
     if valid is None:
@@ -203,7 +205,8 @@ class Wav2Vec2(nn.Module):
         return self.conformer(self.input(z), padding_mask), padding_mask
 
     def noise_shape(self, clips, frames):
-        """Shape of the random numbers that `forward` takes: one row a step, for mask and K."""
+        """Shape (B, L, 1 + K) of the random numbers that `forward` takes. Column 0 orders the spans;
+        of the rest, row m draws the distractors of the m-th masked step."""
         return clips, -(-frames // self.settings["stack"]), 1 + self.settings["distractors"]
 
     def forward(self, log_mel, padding_mask=None, noise=None):
@@ -217,27 +220,28 @@ class Wav2Vec2(nn.Module):
         if noise is None:
             noise = torch.rand(self.noise_shape(*log_mel.shape[:2]), device=z.device)
         mask = span_mask(noise[:, :, 0], s["mask"], s["span"], padding_mask)    # (B, L)
-        masked = torch.where(mask[:, :, None], self.mask_embedding.to(z.dtype), z)
-        context = self.conformer(self.input(masked), padding_mask)              # (B, L, D)
+        masked_z = torch.where(mask[:, :, None], self.mask_embedding.to(z.dtype), z)
+        context = self.conformer(self.input(masked_z), padding_mask)            # (B, L, D)
 
         steps, valid = masked_steps(mask)                                       # (B, M)
         index = steps[:, :, None]
-        targets = z.gather(1, index.expand(-1, -1, z.shape[2]))         # from z, never from `masked`
+        targets = z.gather(1, index.expand(-1, -1, z.shape[2]))         # from z, not from masked_z
         context = self.output(context.gather(1, index.expand(-1, -1, context.shape[2])))
         distractors = sample_distractors(noise[:, :steps.shape[1], 1:], valid)  # (B, M, K)
         loss, at = contrastive_loss(context, targets, distractors, valid, s["temperature"])
 
+        count, masked_count = at["counts"].sum(), valid.sum()
+
         def mean(figure):
             return (figure * at["counts"]).sum() / count.clamp(min=1)
 
-        count, masked = at["counts"].sum(), valid.sum()
         real = mask.numel() if padding_mask is None else (~padding_mask).sum()
         latent_std, latent_cosine = latent_health(targets.detach().float(), valid)
         return Pretraining(
             loss=loss.sum() / count.clamp(min=1), count=count, accuracy=mean(at["correct"]),
-            chance=mean(at["chance"]), masked=masked / real, latent_std=latent_std,
-            latent_cosine=latent_cosine, duplicates=(at["duplicates"] * valid).sum() / masked,
-            dropped=masked - count)
+            chance=mean(at["chance"]), masked=masked_count / real, latent_std=latent_std,
+            latent_cosine=latent_cosine, duplicates=(at["duplicates"] * valid).sum() / masked_count,
+            dropped=masked_count - count)
 
 
 if __name__ == "__main__":
