@@ -413,7 +413,7 @@ class Labelled:
     def __init__(self, waveforms, labels, classes, names, folds, metric):
         self.waveforms, self.classes, self.names, self.metric = waveforms, classes, names, metric
         self.labels, self.folds = np.asarray(labels, np.float32), np.asarray(folds)
-        self.seconds = 10.0         # longest crop in training
+        self.seconds = 10.0         # of the longest crop that `clip` gives
 
     def __len__(self):
         return len(self.waveforms)

@@ -35,11 +35,11 @@ from wav2vec2 import SIZES, Wav2Vec2
 
 METRICS = {"accuracy": metrics.accuracy, "mAP": metrics.mean_average_precision}
 
-# What --updates, --batch-size, --lr and --head-dropout are when not given.
+# What --updates, --batch-size, --lr, --seconds and --head-dropout are when not given.
 RECIPES = {
-    "synth": dict(updates=300, batch_size=32, lr=1e-3, head_dropout=0.1),
-    "esc10": dict(updates=500, batch_size=16, lr=5e-4, head_dropout=0.1),
-    "esc50": dict(updates=2000, batch_size=32, lr=3e-4, head_dropout=0.1),
+    "synth": dict(updates=300, batch_size=32, lr=1e-3, seconds=5.0, head_dropout=0.1),
+    "esc10": dict(updates=500, batch_size=16, lr=1e-3, seconds=3.0, head_dropout=0.1),
+    "esc50": dict(updates=2000, batch_size=32, lr=1e-3, seconds=3.0, head_dropout=0.1),
 }
 
 
@@ -118,21 +118,28 @@ def parse(argv=None):
     group.add_argument("--init", nargs="?", const="runs/pretrain", metavar="RUN", help="start from "
                        "this pre-training run (no name: runs/pretrain); without it, from scratch")
     group.add_argument("--out", default="runs/finetune", help="folder of this run (%(default)s)")
-    group.add_argument("--seed", type=in_range(int, 0, 2**63 - 1), default=0, help="another seed starts "
+    group.add_argument("--seed", type=in_range(int, 0, 2**63 - 1), default=0,
+                       help="another seed starts "
                        "from another head, draws other clips (%(default)s)")
     group.add_argument("--device", choices=["cpu", "cuda", "mps"], help="(the best there is)")
     group.add_argument("--dtype", choices=["fp32", "bf16"], help="(bf16 on CUDA, else fp32)")
-    group.add_argument("--workers", type=in_range(int, 0, 1024), default=0, help="processes that read data "
+    group.add_argument("--workers", type=in_range(int, 0, 1024), default=0,
+                       help="processes that read data "
                        "(%(default)s: the clips are in memory)")
 
     group = parser.add_argument_group("data")
-    group.add_argument("--data", choices=LABELLED, default="synth", help="the labelled set; synth is "
+    group.add_argument("--data", choices=LABELLED, default="synth",
+                       help="the labelled set; synth is "
                        "made on the fly (%(default)s)")
     group.add_argument("--root", help="where the data set lies, in its official layout")
     group.add_argument("--fold", default="1", help="the fold to test on, or 'all', one after the "
                        "other (%(default)s)")
-    group.add_argument("--fraction", type=in_range(float, 1e-6, 1), nargs="+", default=[1.0], help="of the training "
+    group.add_argument("--fraction", type=in_range(float, 1e-6, 1), nargs="+", default=[1.0],
+                       help="of the training "
                        "clips, class by class; several are tried one after the other (%(default)s)")
+    group.add_argument("--seconds", type=in_range(float, 0.1, 3600),
+                       help="longest clip in training: of longer ones a random crop each time, which "
+                       "also works against over-fitting; clips are tested whole (synth 5, else 3)")
     group.add_argument("--validate", action="store_true", help="leave the test set alone: hold out "
                        "the next fold (or a fifth) of the training clips and report on these. For "
                        "choosing options")
@@ -144,15 +151,18 @@ def parse(argv=None):
                        "the embeddings, then a linear layer; 'frames': probabilities at each step, "
                        "then linear softmax pooling (%(default)s)")
     group.add_argument("--freeze", action="store_true", help="train the head only (linear probe)")
-    group.add_argument("--head-dropout", type=in_range(float, 0, 0.99), help="before the output layer; more helps "
+    group.add_argument("--head-dropout", type=in_range(float, 0, 0.99),
+                       help="before the output layer; more helps "
                        "against over-fitting with few labels (0.1)")
 
     group = parser.add_argument_group("optimisation (Sec. 4)")
-    group.add_argument("--updates", type=in_range(int, 1, 10**9), help="(synth 300, esc10 500, esc50 2000)")
-    group.add_argument("--batch-size", type=in_range(int, 1, 10**6), help="clips in an update, over all processes "
+    group.add_argument("--updates", type=in_range(int, 1, 10**9),
+                       help="(synth 300, esc10 500, esc50 2000)")
+    group.add_argument("--batch-size", type=in_range(int, 1, 10**6),
+                       help="clips in an update, over all processes "
                        "(esc10 16, else 32)")
-    group.add_argument("--lr", type=in_range(float, 1e-12, 1e6), help="peak learning rate (synth 1e-3, esc10 5e-4, "
-                       "esc50 3e-4)")
+    group.add_argument("--lr", type=in_range(float, 1e-12, 1e6),
+                       help="peak learning rate (1e-3)")
     group.add_argument("--stages", type=share, nargs=3, default=(0.3, 0.3, 0.4),
                        metavar=("WARMUP", "HOLD", "DECAY"), help="shares of the updates (%(default)s)")
     group.add_argument("--weight-decay", type=in_range(float, 0, 1e6), default=0.01, help="pulls "
@@ -298,6 +308,7 @@ def main(args):
         scores = []
         for fold in folds:
             training, test = split(data, fold, fraction, args)
+            training.seconds = args.seconds
             model, frontend = build(args, len(data.classes), checkpoint)
             if not checkpoint:
                 frontend.measure(collate([(w, 0)])[:2] for w in training.waveforms)

@@ -34,7 +34,7 @@ from wav2vec2 import COMMON, SIZES, Wav2Vec2, span_mask
 # What --updates, --warmup, --lr, --batch-size and --seconds are when not given. The paper's are
 # those of small and large (Sec. 2.3); it does not state batch size and seconds.
 SCHEDULES = {
-    "tiny": dict(updates=500, warmup=50, lr=1e-3, batch_size=32, seconds=5.0),
+    "tiny": dict(updates=400, warmup=40, lr=1e-3, batch_size=32, seconds=5.0),
     "small": dict(updates=300_000, warmup=10_000, lr=3e-4, batch_size=256, seconds=10.0),
     "large": dict(updates=300_000, warmup=10_000, lr=3e-4, batch_size=256, seconds=10.0),
 }
@@ -141,14 +141,18 @@ def parse(argv=None):
     group = parser.add_argument_group("run")
     group.add_argument("--out", default="runs/pretrain", help="folder of this run (%(default)s)")
     group.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    group.add_argument("--seed", type=in_range(int, 0, 2**63 - 1), default=0, help="another seed draws other clips, crops, "
+    group.add_argument("--seed", type=in_range(int, 0, 2**63 - 1), default=0,
+                       help="another seed draws other clips, crops, "
                        "masks and starting weights (%(default)s)")
     group.add_argument("--device", choices=["cpu", "cuda", "mps"], help="(the best there is)")
-    group.add_argument("--dtype", choices=["fp32", "bf16"], help="bf16 halves memory and time where "
+    group.add_argument("--dtype", choices=["fp32", "bf16"],
+                       help="bf16 halves memory and time where "
                        "the processor has it (bf16 on CUDA, else fp32)")
-    group.add_argument("--workers", type=in_range(int, 0, 1024), help="processes that read data (one a core, up to 8, "
+    group.add_argument("--workers", type=in_range(int, 0, 1024),
+                       help="processes that read data (one a core, up to 8, "
                        "with a GPU; none without: the training takes the cores)")
-    group.add_argument("--log-every", type=count, default=10, help="updates between two lines of the "
+    group.add_argument("--log-every", type=count, default=10,
+                       help="updates between two lines of the "
                        "log (%(default)s)")
     group.add_argument("--checkpoint-every", type=count, default=1000, help="updates between two "
                        "checkpoints: what a killed run loses at most (%(default)s)")
@@ -156,7 +160,8 @@ def parse(argv=None):
     group = parser.add_argument_group("data")
     group.add_argument("--data", default="synth", help="'synth' (made on the fly), a folder that "
                        "`datasets.py pack` wrote, or any folder of recordings (%(default)s)")
-    group.add_argument("--seconds", type=in_range(float, 0.1, 3600), help="length of a clip (tiny: 5, else 10); longer "
+    group.add_argument("--seconds", type=in_range(float, 0.1, 3600),
+                       help="length of a clip (tiny: 5, else 10); longer "
                        "gives more context and more distractors, and costs more")
     group.add_argument("--batch-size", type=count, help="clips in an update, over all processes "
                        "together (tiny: 32, else 256)")
@@ -181,11 +186,13 @@ def parse(argv=None):
         group.add_argument(f"--{name}", type=default, choices=choices, help=text)
 
     group = parser.add_argument_group("optimisation (Sec. 2.3)")
-    group.add_argument("--updates", type=count, help="of the whole run (tiny: 500, else 300000)")
-    group.add_argument("--warmup", type=in_range(int, 0, 10**9), help="updates to the peak (tiny: a tenth, "
+    group.add_argument("--updates", type=count, help="of the whole run (tiny: 400, else 300000)")
+    group.add_argument("--warmup", type=in_range(int, 0, 10**9),
+                       help="updates to the peak (tiny: a tenth, "
                        "else a thirtieth of all)")
     group.add_argument("--lr", type=positive, help="peak learning rate (tiny: 1e-3, else 3e-4)")
-    group.add_argument("--weight-decay", type=in_range(float, 0, 1e6), default=0.01, help="pulls weights to 0; "
+    group.add_argument("--weight-decay", type=in_range(float, 0, 1e6), default=0.01,
+                       help="pulls weights to 0; "
                        "more of it regularises more (%(default)s)")
     group.add_argument("--clip", type=positive, default=1.0, help="largest gradient norm; a longer "
                        "gradient is scaled down to it (%(default)s)")
