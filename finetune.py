@@ -37,9 +37,9 @@ METRICS = {"accuracy": metrics.accuracy, "mAP": metrics.mean_average_precision}
 
 # What --updates, --batch-size, --lr, --seconds and --head-dropout are when not given.
 RECIPES = {
-    "synth": dict(updates=300, batch_size=32, lr=1e-3, seconds=5.0, head_dropout=0.1),
-    "esc10": dict(updates=500, batch_size=16, lr=1e-3, seconds=3.0, head_dropout=0.1),
-    "esc50": dict(updates=2000, batch_size=32, lr=1e-3, seconds=3.0, head_dropout=0.1),
+    "synth": dict(updates=300, batch_size=32, lr=1e-3, seconds=10.0, head_dropout=0.1),
+    "esc10": dict(updates=500, batch_size=16, lr=5e-4, seconds=10.0, head_dropout=0.1),
+    "esc50": dict(updates=2000, batch_size=32, lr=5e-4, seconds=10.0, head_dropout=0.1),
 }
 
 
@@ -139,7 +139,7 @@ def parse(argv=None):
                        "clips, class by class; several are tried one after the other (%(default)s)")
     group.add_argument("--seconds", type=in_range(float, 0.1, 3600),
                        help="longest clip in training: of longer ones a random crop each time, which "
-                       "also works against over-fitting; clips are tested whole (synth 5, else 3)")
+                       "also works against over-fitting; clips are tested whole (10)")
     group.add_argument("--validate", action="store_true", help="leave the test set alone: hold out "
                        "the next fold (or a fifth) of the training clips and report on these. For "
                        "choosing options")
@@ -162,7 +162,7 @@ def parse(argv=None):
                        help="clips in an update, over all processes "
                        "(esc10 16, else 32)")
     group.add_argument("--lr", type=in_range(float, 1e-12, 1e6),
-                       help="peak learning rate (1e-3)")
+                       help="peak learning rate (synth 1e-3, else 5e-4)")
     group.add_argument("--stages", type=share, nargs=3, default=(0.3, 0.3, 0.4),
                        metavar=("WARMUP", "HOLD", "DECAY"), help="shares of the updates (%(default)s)")
     group.add_argument("--weight-decay", type=in_range(float, 0, 1e6), default=0.01, help="pulls "
