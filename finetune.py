@@ -37,7 +37,7 @@ METRICS = {"accuracy": metrics.accuracy, "mAP": metrics.mean_average_precision}
 
 # What --updates, --batch-size, --lr, --seconds and --head-dropout are when not given.
 RECIPES = {
-    "synth": dict(updates=300, batch_size=32, lr=1e-3, seconds=10.0, head_dropout=0.1),
+    "synth": dict(updates=250, batch_size=32, lr=1e-3, seconds=10.0, head_dropout=0.1),
     "esc10": dict(updates=500, batch_size=16, lr=5e-4, seconds=10.0, head_dropout=0.1),
     "esc50": dict(updates=2000, batch_size=32, lr=5e-4, seconds=10.0, head_dropout=0.1),
 }
@@ -157,7 +157,7 @@ def parse(argv=None):
 
     group = parser.add_argument_group("optimisation (Sec. 4)")
     group.add_argument("--updates", type=in_range(int, 1, 10**9),
-                       help="(synth 300, esc10 500, esc50 2000)")
+                       help="(synth 250, esc10 500, esc50 2000)")
     group.add_argument("--batch-size", type=in_range(int, 1, 10**6),
                        help="clips in an update, over all processes "
                        "(esc10 16, else 32)")
