@@ -7,7 +7,7 @@ ESC-50 or ESC-10, all five folds, from your own pre-training, with all labels an
     python finetune.py --data esc50 --root /my/ESC-50 --init runs/mine --fold all
     python finetune.py --data esc10 --root /my/ESC-50 --init runs/mine --fold all --fraction 0.333
 Several GPUs: `torchrun --nproc_per_node=8 finetune.py ...`.
-In the run's folder: a checkpoint for each fold and fraction, results.jsonl with a line of JSON for each.
+In the run's folder: a checkpoint for each fold and fraction, and a line of JSON in results.jsonl.
 """
 import argparse
 import json
@@ -237,7 +237,8 @@ def predict(model, frontend, data, args, device, rank=0, world=1, batch_size=32)
     scores = torch.zeros(len(data), len(data.classes))
     by_length = np.argsort([len(waveform) for waveform in data.waveforms], kind="stable")[rank::world]
     for i in range(0, len(by_length), batch_size):
-        waveform, lengths, numbers = collate([(data.waveforms[n], n) for n in by_length[i:i + batch_size]])
+        clips = [(data.waveforms[n], n) for n in by_length[i:i + batch_size]]
+        waveform, lengths, numbers = collate(clips)
         log_mel = frontend(waveform.to(device))
         with autocast(device, args.dtype):
             scores[numbers] = model(log_mel, padding_of(lengths, log_mel)).float().cpu()

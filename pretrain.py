@@ -97,7 +97,10 @@ def load_checkpoint(run):
 
 
 def load_model(checkpoint, model, frontend):
-    """Put a checkpoint's weights into a model and a frontend. Raises InputError where they don't fit."""
+    """Put a checkpoint's weights into a model and a frontend.
+
+    Raises InputError where they don't fit.
+    """
     try:
         model.load_state_dict(checkpoint["model"])
         frontend.load_state_dict(checkpoint["frontend"])
@@ -171,7 +174,8 @@ def parse(argv=None):
                        "large as in the paper (%(default)s)")
     for name, default, text in (
             ("width", count, "D, of the conformer"), ("blocks", count, "conformer blocks (Fig. 2b)"),
-            ("heads", count, "attention heads (Fig. 2c)"), ("ffn", count, "units in feed-forward networks"),
+            ("heads", count, "attention heads (Fig. 2c)"),
+            ("ffn", count, "units in feed-forward networks"),
             ("first-kernel", count, "steps of the first block's convolution (31)"),
             ("kernel", count, "steps of the other blocks' (15)"),
             ("dropout", float, "share of activations dropped (0.1)"),
@@ -179,7 +183,7 @@ def parse(argv=None):
             ("stack", count, "R, log-mel frames in a latent (4)"),
             ("latent", count, "C, width of a latent (256)"),
             ("mask", float, "share of latents masked (0.3); more makes the task harder"),
-            ("span", count, "latents masked in a row (3); shorter ones are guessed from their neighbours"),
+            ("span", count, "latents masked in a row (3); shorter ones are easier to guess"),
             ("distractors", count, "K (100)"),
             ("temperature", positive, "divides similarities (0.1); larger blurs the choice")):
         choices = ["group", "batch"] if name == "norm" else None

@@ -248,7 +248,8 @@ if __name__ == "__main__":
     print("model                       parameters       in the paper (Sec. 2.2 and 5.1.2)")
     for name, size, changes, paper in (
             ("tiny", "tiny", {}, "-"), ("small (cf S)", "small", {}, "18.4 M"),
-            ("large (cf L)", "large", {}, "88.1 M"), ("large, 8 blocks", "large", dict(blocks=8), "58.9 M"),
+            ("large (cf L)", "large", {}, "88.1 M"),
+            ("large, 8 blocks", "large", dict(blocks=8), "58.9 M"),
             ("large, 20 blocks", "large", dict(blocks=20), "146.6 M")):
         count = sum(p.numel() for p in Wav2Vec2(size, **changes).parameters())
         print(f"{name:20} {count:13,} = {count / 1e6:5.1f} M   {paper}")
