@@ -11,7 +11,6 @@ In the run's folder: a checkpoint for each fold and fraction, and a line of JSON
 """
 import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path

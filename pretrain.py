@@ -39,7 +39,6 @@ SCHEDULES = {
     "large": dict(updates=300_000, warmup=10_000, lr=3e-4, batch_size=256, seconds=10.0),
 }
 
-
 # What a run can't change halfway without becoming another one.
 SAME_ON_RESUME = ("size", "changes", "data", "seed", "seconds", "batch_size", "updates", "warmup", "lr",
                   "weight_decay", "clip")
@@ -116,9 +115,11 @@ def seed_of(*numbers):
 
 def padding_of(lengths, log_mel):
     """Padding mask (B, T) of log-mels whose waveforms have these lengths in samples; None if none."""
-    frames = frame_count(lengths).to(log_mel.device)
-    mask = torch.arange(log_mel.shape[1], device=log_mel.device) >= frames[:, None]
-    return mask if frame_count(int(lengths.min())) < log_mel.shape[1] else None
+    frames = frame_count(lengths)
+    if frames.min() >= log_mel.shape[1]:
+        return None
+    steps = torch.arange(log_mel.shape[1], device=log_mel.device)
+    return steps >= frames.to(log_mel.device)[:, None]
 
 
 def autocast(device, dtype):

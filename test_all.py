@@ -18,8 +18,6 @@ import torch
 import augment
 import datasets
 import finetune
-import frontend
-import metrics
 import pretrain
 import wav2vec2
 from conformer import BatchNorm, ConformerBlock, Dropout, SelfAttention
