@@ -36,15 +36,14 @@ def time_mask(log_mel, noise, padding_mask=None, share=0.2):
     return log_mel.masked_fill(hidden[:, :, None], 0)
 
 
-def mixup(log_mel, noise, order, padding_mask=None):
+def mixup(log_mel, partner, noise, partner_frames):
     """Eq. 2: mix each clip x with another one x', the label staying that of x.
 
-    log_mel (B, T, 64); noise (B,) gives alpha by the inverse of the distribution function of
-    B(0.5, 0.5), sin^2(pi u / 2), and alpha >= 1 - alpha; order (B,) names each clip's x'. Where x'
-    is padding, x stays as it is. Returns (B, T, 64).
+    log_mel x and partner x' (B, T, 64); noise (B,) gives alpha by the inverse of the distribution
+    function of B(0.5, 0.5), sin^2(pi u / 2), and alpha >= 1 - alpha; partner_frames (B,): behind these
+    x' is padding, and x stays as it is. Returns (B, T, 64).
     """
     alpha = torch.sin(math.pi / 2 * noise).square()
     alpha = torch.maximum(alpha, 1 - alpha)[:, None, None]
-    mixed = alpha * log_mel + (1 - alpha) * log_mel[order]
-    return mixed if padding_mask is None else torch.where(
-        padding_mask[order][:, :, None], log_mel, mixed)
+    sounding = torch.arange(log_mel.shape[1], device=log_mel.device) < partner_frames[:, None]      # (B, T)
+    return torch.where(sounding[:, :, None], alpha * log_mel + (1 - alpha) * partner, log_mel)

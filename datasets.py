@@ -2,29 +2,41 @@
 
 Three sources of unlabelled clips for pre-training, each with `len` (clips in an epoch) and
 `clip(i, rng)` (an int16 waveform at 16 kHz): `Synth`, `Packed`, `Folder`; `open_source` picks one.
-Labelled sets for fine-tuning are `Labelled`: `synth`, `esc50`, `esc10`. `batches` serves either.
+For fine-tuning, `labelled` reads the data sets of LABELLED from their official layouts. `batches`
+serves either.
 
-    python datasets.py pack FOLDER OUT      decode a folder of recordings once, for fast training
-    python datasets.py synth OUT            write some synthetic clips as .wav, to listen to
+    python datasets.py pack FOLDER OUT                  decode recordings once, for fast training
+    python datasets.py pack ROOT OUT --data audioset    the same for a labelled data set
+    python datasets.py synth OUT                        write some synthetic clips, to listen to
 """
 import argparse
+import collections
+import contextlib
+import copy
 import csv
 import functools
 import hashlib
+import http.client
 import json
 import multiprocessing
 import os
 import re
 import sys
+import time
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import soundfile
 import torch
 from tqdm import tqdm
 
-from frontend import SAMPLE_RATE, resample
+from frontend import SAMPLE_RATE, LogMel, resample
 
 AUDIO = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".w64", ".caf")
 
@@ -125,66 +137,151 @@ def audio_files(folder):
 # ------------------------------------------------------------------- packing recordings for training
 
 INDEX = np.dtype([("shard", np.int32), ("start", np.int64), ("length", np.int64)])   # in samples
+SILENCE = 33        # largest absolute sample of a recording that counts as silent: -60 dB
 
 
 def _decode(path):
-    """Worker of `pack`: int16 waveform, or the reason why there is none."""
+    """Worker of `decoded`: int16 waveform, or the reason why there is none."""
     try:
-        waveform = to_int16(read_audio(path))
+        return to_int16(read_audio(path))
     except InputError as error:
         return str(error).removeprefix(f"{path}: ")
     except Exception as error:          # one damaged file must not cost the others
         return f"not readable ({type(error).__name__}: {error})"
-    return waveform if waveform.any() else "digital silence"
 
 
-def pack(folder, out, shard_hours=5.0, workers=None):
-    """Decode all recordings below `folder` into int16 shards that training can map into memory.
+def decoded(files, workers=None, label="decode", done=0):
+    """Decode recordings on all cores, with a progress bar: yields (path, waveform or reason) in order.
 
-    Writes in `out`: `shard_00000.int16` and on, plain samples end to end; `index.npy`, where in
-    which shard each recording lies; `names.txt`, a line each; `skipped.txt`, each file left out and
-    why. The index comes last, so that a folder with an index is whole. Returns (kept, skipped).
+    `files` may hold None for a recording that is missing. `done` is how many were before these.
+    """
+    bar = tqdm(total=done + len(files), initial=done, desc=label, unit=" files", leave=False, disable=None)
+    workers = min(workers or os.cpu_count(), len(files) // 64)      # a new process costs seconds
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) if workers > 1 else None
+    with bar, pool or contextlib.nullcontext():
+        for block in range(0, len(files), 1024):            # so that few results wait in memory
+            paths = files[block:block + 1024]
+            for path, waveform in zip(paths, pool.map(_decode, paths, chunksize=4) if pool
+                                      else map(_decode, paths)):
+                bar.update()
+                yield path, waveform
+
+
+def write_whole(path, content):
+    """Write a file so that, whenever the power fails, `path` is the old one or the new one.
+
+    content is text, or a function that writes into the open binary file.
+    """
+    part = Path(path).with_suffix(".part")
+    with open(part, "wb") as file:
+        if callable(content):
+            content(file)
+        else:
+            file.write(content.encode("utf-8", "backslashreplace"))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def pack(files, names, out, shard_hours=5.0, workers=None, keep_silent=False):
+    """Decode recordings into int16 shards that training can map into memory.
+
+    files and names: N paths and what to call them. Writes in `out`: `shard_00000.int16` and on, plain
+    samples end to end, each with a .json of what is in it; at the end `index.npy`, where in which
+    shard each recording lies, `names.txt`, a line each, and `skipped.txt`, each file left out and why.
+    A folder with an index is whole. Without, it was interrupted, and the same call goes on behind its
+    last whole shard. Returns the numbers (into `names`) of those kept, and the lines of skipped.txt.
+    Raises InputError where `out` holds something else or nothing is usable.
     """
     out = Path(out)
-    if (out / "index.npy").exists():
-        raise InputError(f"{out}: holds packed audio already; delete it or name another folder")
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; name a folder")
-    files = audio_files(folder)
+    names = [name.replace("\n", "\\n").replace("\r", "\\r") for name in names]
+    stamp = hashlib.sha256(f"{shard_hours} {keep_silent}".encode())
+    for path, name in zip(files, names):
+        status = os.stat(path)
+        stamp.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode(errors="backslashreplace"))
     out.mkdir(parents=True, exist_ok=True)
-    limit = int(shard_hours * 3600 * SAMPLE_RATE)
-    index, names, skipped = [], [], []
-    shard, position, file = 0, 0, None
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        decoded = pool.map(_decode, files, chunksize=4)
-        for path, waveform in zip(files, tqdm(decoded, "pack", len(files), unit=" files")):
-            name = str(path.relative_to(folder)).replace("\n", "\\n").replace("\r", "\\r")
+    source = out / "source.txt"
+    if source.exists() and source.read_text() != stamp.hexdigest():
+        raise InputError(f"{out}: holds other recordings, or the same before they changed; delete it "
+                         "or name another folder")
+    if not source.exists() and any(out.glob("*.int16")):
+        raise InputError(f"{out}: holds packed audio already; delete it or name another folder")
+    write_whole(source, stamp.hexdigest())
+    shards = []
+    while (out / f"shard_{len(shards):05}.json").exists():
+        shards.append(json.loads((out / f"shard_{len(shards):05}.json").read_text()))
+    done = shards[-1]["end"] if shards else 0
+    if not (out / "index.npy").exists():
+        limit, audio = int(shard_hours * 3600 * SAMPLE_RATE), None
+        for number, (path, waveform) in enumerate(decoded(files[done:], workers, "pack", done), done):
+            if audio is None:
+                shard = dict(kept=[], lengths=[], skipped=[])
+                audio = open(out / f"shard_{len(shards):05}.int16", "wb")
+            if not isinstance(waveform, str) and np.abs(waveform.astype(np.int32)).max() < SILENCE:
+                waveform = waveform if keep_silent else "silent (--keep-silent packs it all the same)"
             if isinstance(waveform, str):
-                skipped.append(f"{name}: {waveform}")
-                continue
-            if file is None or position >= limit:
-                if file is not None:
-                    file.close()
-                    shard += 1
-                file, position = open(out / f"shard_{shard:05}.int16", "wb"), 0
-            file.write(waveform.astype("<i2").tobytes())
-            index.append((shard, position, len(waveform)))
-            names.append(name)
-            position += len(waveform)
-    if not index:
-        raise InputError(f"{folder}: none of the {len(files)} files is usable: {skipped[0]}, ...")
-    file.close()
-    for name, lines in (("names.txt", names), ("skipped.txt", skipped)):
-        (out / name).write_text("".join(f"{line}\n" for line in lines), "utf-8", "backslashreplace")
-    np.save(out / "index.part.npy", np.array(index, INDEX))
-    os.replace(out / "index.part.npy", out / "index.npy")
-    return len(index), skipped
+                shard["skipped"].append(f"{names[number]}: {waveform}")
+            else:
+                audio.write(waveform.astype("<i2").tobytes())
+                shard["kept"].append(number)
+                shard["lengths"].append(len(waveform))
+            if sum(shard["lengths"]) >= limit or number == len(files) - 1:
+                audio.flush()
+                os.fsync(audio.fileno())
+                audio.close()
+                write_whole(out / f"shard_{len(shards):05}.json", json.dumps({**shard, "end": number + 1}))
+                shards.append(shard)
+                audio = None
+    kept = [number for shard in shards for number in shard["kept"]]
+    skipped = [line for shard in shards for line in shard["skipped"]]
+    if not kept:
+        raise InputError(f"{out}: none of the {len(files)} files is usable: {skipped[0]}, ...")
+    if not (out / "index.npy").exists():
+        index = np.concatenate([np.array([(n, end - length, length) for length, end in zip(
+            shard["lengths"], np.cumsum(shard["lengths"]))], INDEX) for n, shard in enumerate(shards)])
+        write_whole(out / "names.txt", "".join(f"{names[number]}\n" for number in kept))
+        write_whole(out / "skipped.txt", "".join(f"{line}\n" for line in skipped))
+        write_whole(out / "index.npy", lambda file: np.save(file, index))
+    return kept, skipped
 
 
 @functools.lru_cache(maxsize=None)
 def _memory_map(path):
     """A shard's samples, mapped into memory once a process."""
     return np.memmap(path, "<i2", "r")
+
+
+class Shards:
+    """What `pack` wrote, like a list of int16 waveforms; `lengths` holds theirs, in samples.
+
+    Nothing is read before it is asked for. Raises InputError where a part is missing or cut off.
+    """
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        try:
+            self.index = np.load(self.folder / "index.npy")
+            self.lengths = self.index["length"]
+            ends = self.index["start"] + self.lengths
+            whole = self.index["start"].min() >= 0 and all(
+                2 * ends[self.index["shard"] == shard].max() <= os.path.getsize(self.path(shard))
+                for shard in np.unique(self.index["shard"]))
+        except (ValueError, IndexError, EOFError, OSError):
+            whole = False
+        if not whole:
+            raise InputError(f"{folder}: its packed audio is damaged; delete it and pack again")
+
+    def path(self, shard):
+        return self.folder / f"shard_{shard:05}.int16"
+
+    def __len__(self):
+        return len(self.index)
+
+    def __getitem__(self, i):
+        shard, start, length = self.index[i]
+        return _memory_map(self.path(shard))[start:start + length]
 
 
 class Packed:
@@ -195,32 +292,22 @@ class Packed:
     """
 
     def __init__(self, folder, seconds):
-        self.folder, self.samples = Path(folder), round(seconds * SAMPLE_RATE)
-        try:
-            index = np.load(self.folder / "index.npy")
-            ends = index["start"] + index["length"]
-            whole = index["start"].min() >= 0 and all(
-                2 * ends[index["shard"] == shard].max() <= os.path.getsize(self.shard(shard))
-                for shard in np.unique(index["shard"]))
-        except (ValueError, IndexError, EOFError, OSError):
-            whole = False
-        if not whole:
-            raise InputError(f"{folder}: its packed audio is damaged; delete it and pack again")
-        self.index = index[index["length"] >= SAMPLE_RATE]
-        if len(self.index) == 0:
+        self.shards, self.samples = Shards(folder), round(seconds * SAMPLE_RATE)
+        self.usable = np.flatnonzero(self.shards.lengths >= SAMPLE_RATE)
+        if len(self.usable) == 0:
             raise InputError(f"{folder}: no recording in it is a second long")
 
     def __len__(self):
-        return len(self.index)
+        return len(self.usable)
 
     def clip(self, i, rng):
-        shard, start, length = self.index[i]
-        start += rng.integers(max(length - self.samples, 0) + 1)
-        waveform = _memory_map(self.shard(shard))
-        return np.array(waveform[start:start + min(length, self.samples)])
+        return crop(self.shards[self.usable[i]], self.samples, rng)
 
-    def shard(self, number):
-        return self.folder / f"shard_{number:05}.int16"
+
+def crop(waveform, samples, rng):
+    """A random part of `samples` samples, or all of what is shorter."""
+    start = rng.integers(max(len(waveform) - samples, 0) + 1)
+    return np.array(waveform[start:start + samples])
 
 
 class Folder:
@@ -228,7 +315,7 @@ class Folder:
 
     def __init__(self, folder, seconds):
         self.seconds, self.recordings = seconds, []
-        for path in tqdm(audio_files(folder), "look through", unit=" files", leave=False):
+        for path in tqdm(audio_files(folder), "look through", unit=" files", leave=False, disable=None):
             try:
                 with open_audio(path) as file:
                     duration = file.frames / file.samplerate
@@ -402,60 +489,41 @@ def open_source(data, seconds):
 # ------------------------------------------------------------------------------------ labelled sets
 
 
-class Labelled:
-    """Clips in memory with their labels.
-
-    waveforms: N int16 arrays at 16 kHz; labels (N, C) of 0 and 1; classes: C names; names: N
-    names; folds (N,): clips of fold k are the test set of fold k and not trained on then (0:
-    always trained on); metric: "mAP" (several labels a clip) or "accuracy" (one).
-    """
-
-    def __init__(self, waveforms, labels, classes, names, folds, metric):
-        self.waveforms, self.classes, self.names, self.metric = waveforms, classes, names, metric
-        self.labels, self.folds = np.asarray(labels, np.float32), np.asarray(folds)
-        self.seconds = 10.0         # of the longest crop that `clip` gives
-
-    def __len__(self):
-        return len(self.waveforms)
-
-    def subset(self, indices):
-        """The same set with these clips only."""
-        return Labelled([self.waveforms[i] for i in indices], self.labels[indices], self.classes,
-                        [self.names[i] for i in indices], self.folds[indices], self.metric)
-
-    def clip(self, i, rng):
-        """Waveform i for training: a random crop of what is longer than `seconds`."""
-        waveform, samples = self.waveforms[i], round(self.seconds * SAMPLE_RATE)
-        start = rng.integers(max(len(waveform) - samples, 0) + 1)
-        return waveform[start:start + samples]
-
-    def fraction(self, fraction, seed):
-        """A random part of the clips, drawn class by class so that no class is lost.
-
-        A clip with several labels counts for the rarest of them. Smaller fractions of the same
-        seed are part of larger ones.
-        """
-        totals = self.labels.sum(0)
-        rarest = np.where(self.labels > 0, totals, np.inf).argmin(1)
-        order, keep = np.random.default_rng(seed).permutation(len(self)), set()
-        for c in range(len(self.classes)):
-            members = order[rarest[order] == c]
-            keep.update(members[:round(fraction * len(members))])
-            keep.update(order[self.labels[order, c] > 0][:1])
-        return self.subset(np.array(sorted(keep)))
+class Clip(NamedTuple):
+    """A clip as a data set's tables have it."""
+    name: str           # its own, in the data set
+    labels: tuple       # names of its classes
+    split: str          # "train", "valid" or "test", or the number of the fold whose test clip it is
+    files: object       # names under which the recording may lie, without folder and ending; or its path
 
 
-def synth(root=None, train=1000, test=500):
-    """Synthetic clips with the kinds of event in them as labels: fold 1 is the test set."""
-    waveforms, labels, names = [], [], []
-    kinds = list(KINDS)
-    jobs = [("train", i) for i in range(train)] + [("test", i) for i in range(test)]
-    for split, i in tqdm(jobs, "synth", unit=" clips", leave=False):
-        waveform, events = synth_clip(i, split)
-        waveforms.append(waveform)
-        labels.append([kind in {event[0] for event in events} for kind in kinds])
-        names.append(f"synth/{split}/{i}")
-    return Labelled(waveforms, labels, kinds, names, [0] * train + [1] * test, "mAP")
+class Tree:
+    """All files below a folder. Data sets get unpacked, converted and moved in many ways: recordings
+    are found by their name, whatever folder they are in and whatever format they have become."""
+
+    def __init__(self, root):
+        if not Path(root).is_dir():
+            raise InputError(f"{root}: no such folder; --root names the folder where the data set lies")
+        self.root, self.tables, self.recordings = root, {}, {}
+        for folder, folders, files in os.walk(root, followlinks=True):
+            folders.sort()
+            for name in sorted(files):
+                stem, ending = os.path.splitext(name)
+                kind, key = (self.recordings, stem) if ending.lower() in AUDIO else (self.tables, name)
+                kind.setdefault(key, Path(folder) / name)
+
+    def table(self, *names):
+        """The path of the table that has one of these names."""
+        for name in names:
+            if name in self.tables:
+                return self.tables[name]
+        raise InputError(f"{self.root}: no {' or '.join(names)} below it; is the data set's root right?")
+
+    def find(self, files):
+        """The path of a clip's recording, or None."""
+        if isinstance(files, Path):
+            return files if files.is_file() else None
+        return next((self.recordings[name] for name in files if name in self.recordings), None)
 
 
 def read_table(path, columns, delimiter=","):
@@ -475,25 +543,368 @@ def read_table(path, columns, delimiter=","):
     return rows
 
 
-def esc50(root, esc10=False):
-    """ESC-50 (Piczak 2015) in its official layout, 2,000 clips of 50 classes in five folds;
-    or ESC-10, its 400 clips of ten classes."""
-    table = Path(root) / "meta" / "esc50.csv"
+def stem(name):
+    """A file's name without folder and ending."""
+    return os.path.splitext(os.path.basename(name))[0]
+
+
+def audioset(tree, parts):
+    """AudioSet (Gemmeke et al. 2017). parts: which `<part>_segments.csv` to train on."""
+    table = tree.table("class_labels_indices.csv")
+    classes = {row["mid"]: row["display_name"] for row in read_table(table, ("mid", "display_name"))}
+    clips = []
+    for part in (*parts, "eval"):
+        table = tree.table(f"{part}_segments.csv")
+        with open(table, newline="", encoding="utf-8") as file:
+            rows = csv.reader((line for line in file if not line.startswith("#")), skipinitialspace=True)
+            for row in rows:
+                try:
+                    name, start, mids = row[0], float(row[1]), row[3].split(",")
+                    labels = tuple(classes[mid] for mid in mids)
+                except (IndexError, ValueError, KeyError):
+                    raise InputError(f"{table}: can't make out the line {','.join(row)}") from None
+                files = [name, f"Y{name}", *(f"{prefix}{name}_{at}" for prefix in ("", "Y") for at in (
+                    f"{start:.3f}", f"{start:.0f}", f"{1000 * start:.0f}", f"{start:06.0f}"))]
+                clips.append(Clip(name, labels, "test" if part == "eval" else "train", files))
+    return clips, list(classes.values())
+
+
+def esc50(tree, esc10=False):
+    """ESC-50 (Piczak 2015), 50 classes in five folds; or ESC-10, ten of them."""
+    table = tree.table("esc50.csv")
     rows = read_table(table, ("filename", "fold", "category", "esc10"))
-    rows = [row for row in rows if row["esc10"].strip().lower() == "true" or not esc10]
-    if not rows:
-        raise InputError(f"{table}: no {'ESC-10 ' * esc10}clips listed in it")
     if odd := {row["fold"] for row in rows} - set("12345"):
         raise InputError(f"{table}: a fold must be 1 to 5, not '{odd.pop()}'")
-    waveforms = [to_int16(read_audio(Path(root) / "audio" / row["filename"]))
-                 for row in tqdm(rows, "decode", unit=" clips", leave=False)]
-    classes = sorted({row["category"] for row in rows})
-    labels = [[row["category"] == name for name in classes] for row in rows]
-    return Labelled(waveforms, labels, classes, [row["filename"] for row in rows],
-                    [int(row["fold"]) for row in rows], "accuracy")
+    return [Clip(row["filename"], (row["category"],), row["fold"], [stem(row["filename"])])
+            for row in rows if row["esc10"].strip().lower() == "true" or not esc10], None
 
 
-LABELLED = {"synth": synth, "esc50": esc50, "esc10": functools.partial(esc50, esc10=True)}
+def fsdkaggle2019(tree, parts):
+    """FSDKaggle2019 (Fonseca et al. 2019) as Zenodo or Kaggle has it. parts: "curated", "noisy"."""
+    clips = []
+    for part in (*(f"train_{part}" for part in parts), "test"):
+        for row in read_table(tree.table(f"{part}_post_competition.csv", f"{part}.csv"),
+                              ("fname", "labels")):
+            clips.append(Clip(row["fname"], tuple(row["labels"].split(",")), part.split("_")[0],
+                              [stem(row["fname"])]))
+    return clips, None
+
+
+def dcase2019(tree):
+    """DCASE 2019 task 1a: TAU Urban Acoustic Scenes 2019, development set (Mesaros et al. 2018)."""
+    return [Clip(row["filename"], (row["scene_label"],), split, [stem(row["filename"])])
+            for split, table in (("train", "fold1_train.csv"), ("test", "fold1_evaluate.csv"))
+            for row in read_table(tree.table(table), ("filename", "scene_label"), "\t")], None
+
+
+def magnatagatune(tree, top=50):
+    """MagnaTagATune (Law et al. 2009): its most frequent tags; folders 0 to b train, c valid, d to f
+    test. Clips with none of these tags are left out."""
+    table = tree.table("annotations_final.csv")
+    rows = read_table(table, ("clip_id", "mp3_path"), "\t")
+    tags = [name for name in rows[0] if name not in ("clip_id", "mp3_path")] if rows else []
+    counts = {tag: sum(row[tag] == "1" for row in rows) for tag in tags}
+    classes = sorted(tags, key=counts.get, reverse=True)[:top]
+    clips = []
+    for row in rows:
+        labels = tuple(tag for tag in classes if row[tag] == "1")
+        split = {"c": "valid", **dict.fromkeys("def", "test")}.get(row["mp3_path"][:1], "train")
+        if labels:
+            clips.append(Clip(row["mp3_path"], labels, split, [stem(row["mp3_path"])]))
+    return clips, classes
+
+
+def kinetics700(tree):
+    """Kinetics-700 (Carreira et al. 2019), its sound only. Its test labels were held out: the
+    validation split is what is tested on."""
+    clips = []
+    for name, table in sorted(tree.tables.items()):
+        with open(table, encoding="utf-8", errors="replace") as file:
+            if not name.endswith(".csv") or not file.readline().startswith("label,youtube_id,time_start"):
+                continue
+        for row in read_table(table, ("label", "youtube_id", "time_start", "time_end", "split")):
+            name, start, end = row["youtube_id"], row["time_start"], row["time_end"]
+            if row["split"].strip() == "test":
+                continue
+            split = "train" if row["split"].strip() == "train" else "test"
+            try:
+                padded = f"{name}_{int(float(start)):06}_{int(float(end)):06}"
+            except ValueError:
+                raise InputError(f"{table}: '{start}' and '{end}' are no times") from None
+            clips.append(Clip(padded, (row["label"],), split, [padded, f"{name}_{start}_{end}", name]))
+    if not clips:
+        raise InputError(f"{tree.root}: no .csv below it with the columns label,youtube_id,time_start,"
+                         "time_end,split")
+    return clips, None
+
+
+def sub_folders(tree):
+    """Your own sounds: a sub-folder a class."""
+    clips = [Clip(str(path.relative_to(tree.root)), (path.relative_to(tree.root).parts[0],), "", path)
+             for path in audio_files(tree.root) if path.parent != Path(tree.root)]
+    if not clips:
+        raise InputError(f"{tree.root}: no sub-folders with recordings, one a class, in it")
+    return hold_out_fifth(clips), None
+
+
+def own_table(path):
+    """Your own sounds in a table: columns file (its path from the table's folder), labels (separated
+    by ;) and, if you like, split (train, valid, test, or the number of a fold)."""
+    rows = read_table(path, ("file", "labels"))
+    clips = [Clip(row["file"], tuple(name.strip() for name in row["labels"].split(";") if name.strip()),
+                  (row.get("split") or "").strip(), Path(path).parent / row["file"]) for row in rows]
+    splits = {clip.split for clip in clips}
+    if splits == {""}:
+        return hold_out_fifth(clips), None
+    if not (splits <= {"train", "valid", "test"} or all(split.isdigit() for split in splits)):
+        raise InputError(f"{path}: split must be train, valid or test, or the number of a fold, in all "
+                         f"lines, not {', '.join(sorted(splits))}")
+    return clips, None
+
+
+def hold_out_fifth(clips):
+    """Clips without splits: every fifth of a class, in order of a hash of their names, is for testing."""
+    order = sorted(range(len(clips)), key=lambda i: hashlib.sha256(clips[i].name.encode(
+        errors="surrogateescape")).digest())
+    met = collections.Counter()
+    for i in order:
+        met[clips[i].labels] += 1
+        clips[i] = clips[i]._replace(split="test" if met[clips[i].labels] % 5 == 2 else "train")
+    return clips
+
+
+# Name: (what reads its tables, metric). None for a metric: accuracy if all clips have one label.
+LABELLED = {
+    "synth": (None, "mAP"),
+    "audioset": (functools.partial(audioset, parts=("balanced_train", "unbalanced_train")), "mAP"),
+    "audioset-balanced": (functools.partial(audioset, parts=("balanced_train",)), "mAP"),
+    "esc50": (esc50, "accuracy"),
+    "esc10": (functools.partial(esc50, esc10=True), "accuracy"),
+    "fsdkaggle2019": (functools.partial(fsdkaggle2019, parts=("curated", "noisy")), "lwlrap"),
+    "fsdkaggle2019-curated": (functools.partial(fsdkaggle2019, parts=("curated",)), "lwlrap"),
+    "fsdkaggle2019-noisy": (functools.partial(fsdkaggle2019, parts=("noisy",)), "lwlrap"),
+    "dcase2019": (dcase2019, "accuracy"),
+    "magnatagatune": (magnatagatune, "MAUC"),
+    "kinetics700": (kinetics700, "accuracy"),
+    "folder": (sub_folders, None),
+    "csv": (own_table, None),
+}
+IN_MEMORY = 24      # hours of labelled clips that are decoded into memory, 115 MB each; more: `pack`
+
+
+class Labelled:
+    """Clips with their labels.
+
+    waveforms: N int16 arrays at 16 kHz, or `Shards`; lengths (N,) in samples; labels: N tuples of
+    class numbers; classes: C names; names: N names; splits (N,): see `Clip`; metric: its name.
+    """
+
+    def __init__(self, waveforms, lengths, labels, classes, names, splits, metric):
+        self.waveforms, self.labels, self.classes = waveforms, labels, classes
+        self.lengths, self.names, self.splits = np.asarray(lengths), names, np.asarray(splits, "U10")
+        self.metric, self.rows = metric, np.arange(len(labels))
+        self.seconds = 10.0         # of the longest crop that `clip` gives
+
+    def __len__(self):
+        return len(self.rows)
+
+    def subset(self, indices):
+        """The same set with these clips only. Waveforms are not copied."""
+        part = copy.copy(self)
+        part.rows, part.lengths, part.splits = self.rows[indices], self.lengths[indices], self.splits[indices]
+        part.labels, part.names = [self.labels[i] for i in indices], [self.names[i] for i in indices]
+        return part
+
+    def waveform(self, i):
+        """Clip i, whole, int16."""
+        return self.waveforms[self.rows[i]]
+
+    def clip(self, i, rng):
+        """Clip i for training: a random crop of what is longer than `seconds`."""
+        return crop(self.waveform(i), round(self.seconds * SAMPLE_RATE), rng)
+
+    def targets(self, numbers):
+        """Labels of these clips as (n, C) of 0 and 1, float32."""
+        dense = np.zeros((len(numbers), len(self.classes)), np.float32)
+        for row, i in zip(dense, numbers):
+            row[list(self.labels[i])] = 1
+        return dense
+
+    def members(self):
+        """For each class, the numbers of the clips that have it: C arrays."""
+        clip = np.repeat(np.arange(len(self)), [len(own) for own in self.labels])
+        label = np.fromiter((c for own in self.labels for c in own), np.int64, len(clip))
+        clip = clip[np.argsort(label, kind="stable")]
+        return np.split(clip, np.cumsum(np.bincount(label, minlength=len(self.classes)))[:-1])
+
+    def fraction(self, fraction, seed):
+        """A random part of the clips, drawn class by class so that no class is lost.
+
+        A clip with several labels counts for the rarest of them. Smaller fractions of the same
+        seed are part of larger ones.
+        """
+        members = self.members()
+        priority = np.random.default_rng(seed).permutation(len(self))       # of each clip
+        rarest = np.array([min(own, key=lambda c: len(members[c]), default=-1) for own in self.labels])
+        keep = set()
+        for c, clips in enumerate(members):
+            clips = clips[np.argsort(priority[clips])]
+            keep.update(clips[:1])
+            own = clips[rarest[clips] == c]
+            keep.update(own[:round(fraction * len(own))])
+        return self.subset(np.array(sorted(keep)))
+
+    def fingerprint(self):
+        """What to compare when numbers differ: clips, a hash of their names and labels, mean and
+        standard deviation of the log-mels (before normalisation) of 200 of them."""
+        text = "\n".join(f"{name} {';'.join(sorted(self.classes[c] for c in own))}"
+                         for name, own in sorted(zip(self.names, self.labels)))
+        digest = hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:8]
+        some = np.linspace(0, len(self) - 1, min(len(self), 200)).astype(int)
+        some = some[np.argsort([self.names[i] for i in some])]
+        frontend = LogMel()
+        values = torch.cat([frontend(torch.from_numpy(np.array(self.waveform(i)))[None])[0] for i in some])
+        return f"{len(self)} clips {digest} log-mel {values.mean():.3f} +- {values.std():.3f}"
+
+
+def synth(train=1000, test=500):
+    """Synthetic clips with the kinds of event in them as labels."""
+    kinds = list(KINDS)
+    jobs = [("train", i) for i in range(train)] + [("test", i) for i in range(test)]
+    made = [synth_clip(i, split) for split, i in tqdm(jobs, "synth", unit=" clips", leave=False, disable=None)]
+    labels = [tuple({kinds.index(event[0]) for event in events}) for _, events in made]
+    waveforms = [waveform for waveform, _ in made]
+    return Labelled(waveforms, [len(w) for w in waveforms], labels, kinds,
+                    [f"synth/{split}/{i}" for split, i in jobs], [split for split, _ in jobs], "mAP")
+
+
+def read_tables(data, root):
+    """A labelled set before its audio: clips, their files (None where missing), classes, metric."""
+    reader, metric = LABELLED[data]
+    if root is None:
+        raise InputError(f"--data {data} needs --root, the {'table' if data == 'csv' else 'folder where it lies'}")
+    tree = None if data == "csv" else Tree(root)
+    clips, classes = reader(root if data == "csv" else tree)
+    classes = classes or sorted({label for clip in clips for label in clip.labels})
+    if metric is None:
+        metric = "accuracy" if all(len(clip.labels) == 1 for clip in clips) else "mAP"
+    files = [Tree.find(tree, clip.files) for clip in clips]
+    if not any(files):
+        raise InputError(f"{root}: none of the {len(clips)} recordings of {data} is there, such as "
+                         f"{clips[0].files if data in ('csv', 'folder') else clips[0].files[0] + '.wav'}"
+                         if clips else f"{root}: its tables name no clips")
+    return clips, files, classes, metric
+
+
+def labelled(data, root=None, workers=None, say=print):
+    """The labelled set of this name in LABELLED, from its root or from where `pack --data` put it.
+
+    Says in a line what is there and what is not. Raises InputError for what is missing or damaged.
+    """
+    if data == "synth":
+        result, missing, reasons = synth(), 0, []
+    elif root is not None and (Path(root) / "labels.json").exists():
+        content = json.loads((Path(root) / "labels.json").read_text())
+        if content["data"] != data:
+            raise InputError(f"{root}: holds packed {content['data']}, not {data}: name it with --data")
+        waveforms = Shards(root)
+        result = Labelled(waveforms, waveforms.lengths, [tuple(own) for own in content["labels"]],
+                          content["classes"], (Path(root) / "names.txt").read_text("utf-8").split("\n")[:-1],
+                          content["splits"], content["metric"])
+        missing, reasons = content["missing"], (Path(root) / "skipped.txt").read_text().splitlines()
+    else:
+        clips, files, classes, metric = read_tables(data, root)
+        missing = files.count(None)
+        clips = [clip for clip, path in zip(clips, files) if path is not None]
+        waveforms, kept, reasons, samples = [], [], [], 0
+        for clip, (path, waveform) in zip(clips, decoded([f for f in files if f is not None], workers)):
+            if isinstance(waveform, str):
+                reasons.append(f"{path}: {waveform}")
+                continue
+            waveforms.append(waveform)
+            kept.append(clip)
+            samples += len(waveform)
+            if samples > IN_MEMORY * 3600 * SAMPLE_RATE:
+                raise InputError(f"{root}: more than {IN_MEMORY} hours, too much to decode in each run: first "
+                                 f"python datasets.py pack {root} OUT --data {data}, then --root OUT")
+        number = {name: c for c, name in enumerate(classes)}
+        result = Labelled(waveforms, [len(w) for w in waveforms], [tuple(number[label] for label in clip.labels)
+                          for clip in kept], classes, [clip.name for clip in kept],
+                          [clip.split for clip in kept], metric)
+    say(f"{data}: {len(result)} clips, {len(result.classes)} classes, "
+        f"{result.lengths.sum() / SAMPLE_RATE / 3600:.2f} hours; {missing} missing, {len(reasons)} unreadable"
+        + f" ({'; '.join(reasons[:3])}{'; ...' * (len(reasons) > 3)})" * bool(reasons))
+    return result
+
+
+def pack_labelled(data, root, out, **options):
+    """`pack` for a labelled set: its labels go into `labels.json`. Silent clips stay. As `pack`."""
+    clips, files, classes, metric = read_tables(data, root)
+    there = [clip for clip, path in zip(clips, files) if path is not None]
+    kept, skipped = pack([path for path in files if path is not None], [clip.name for clip in there],
+                         out, keep_silent=True, **options)
+    number = {name: c for c, name in enumerate(classes)}
+    write_whole(Path(out) / "labels.json", json.dumps(dict(
+        data=data, classes=classes, metric=metric, missing=files.count(None),
+        labels=[[number[label] for label in there[i].labels] for i in kept],
+        splits=[there[i].split for i in kept])))
+    return kept, skipped
+
+
+# ESC-50 by its author. The checksum is of meta/esc50.csv; the zip itself GitHub makes anew at times.
+ESC50_URL = "https://github.com/karolpiczak/ESC-50/archive/refs/heads/master.zip"
+ESC50_MD5 = "54a0d0055a10bb7df84ad340a148722e"
+
+
+def download(url, path):
+    """Fetch a file, with a progress bar. What broke off goes on where it was, if the server can do that,
+    else from the start; `path` is there only when whole. Raises InputError where it can't be had."""
+    part = Path(path).with_suffix(".part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            have = have if response.status == 206 else 0                # 206: only what was missing
+            length = response.headers["Content-Length"]
+            total = have + int(length) if length else None
+            with open(part, "ab" if have else "wb") as file, tqdm(
+                    total=total, initial=have, desc="download", unit="B", unit_scale=True) as bar:
+                while chunk := response.read(2**20):
+                    file.write(chunk)
+                    bar.update(len(chunk))
+                size = file.tell()
+    except urllib.error.HTTPError as error:
+        if error.code != 416:                                           # 416: there is nothing more
+            raise InputError(f"{url}: {error}") from None
+        part.unlink()
+        return download(url, path)
+    except (OSError, http.client.HTTPException) as error:
+        raise InputError(f"{url}: {error or type(error).__name__}; the same command goes on from here") from None
+    if total is not None and size != total:
+        raise InputError(f"{url}: broke off after {size} of {total} bytes; the same command goes on from here")
+    os.replace(part, path)
+
+
+def download_esc50(root):
+    """Put ESC-50 (600 MB) below `root`, where it isn't yet."""
+    archive = Path(root) / "ESC-50.zip"
+    if Path(root).is_dir() and "esc50.csv" in Tree(root).tables and not archive.exists():
+        return
+    if not archive.exists():
+        download(ESC50_URL, archive)
+    try:
+        with zipfile.ZipFile(archive) as content:
+            for name in tqdm(content.namelist(), "unpack", unit=" files", leave=False, disable=None):
+                content.extract(name, root)
+        md5 = hashlib.md5(Tree(root).table("esc50.csv").read_bytes()).hexdigest()
+    except (zipfile.BadZipFile, InputError, zlib.error) as error:
+        archive.unlink()
+        raise InputError(f"{archive}: damaged ({error}), and deleted; run the same command again") from None
+    if md5 != ESC50_MD5:
+        raise InputError(f"{Tree(root).table('esc50.csv')}: is not the official table (its MD5 is {md5}, not "
+                         f"{ESC50_MD5}); delete {root} and run the same command again")
+    archive.unlink()
 
 
 # ------------------------------------------------------------------------------------------ batches
@@ -520,15 +931,26 @@ def shuffled(position, count, seed):
 class Drawn(torch.utils.data.Dataset):
     """Clip n of an endless stream of shuffled epochs: (int16 waveform, its number in the source).
 
-    Crop and all depend on (seed, n) only, not on who draws it or what was drawn before.
+    With `members`, the clips of each class, the stream is balanced (Sec. 4.1): each class comes once in
+    as many draws as there are classes, and each of its clips once before the first comes again.
+    Which clip, which crop and all depend on (seed, n) only, not on who draws it or what was before.
     """
 
-    def __init__(self, source, seed):
+    def __init__(self, source, seed, members=None):
         self.source, self.seed = source, seed
+        self.members = members and [clips for clips in members if len(clips)]
+
+    def number(self, n):
+        if self.members is None:
+            epoch, position = divmod(n, len(self.source))
+            return shuffled(position, len(self.source), f"{self.seed} {epoch}")
+        turn, position = divmod(n, len(self.members))
+        c = shuffled(position, len(self.members), f"{self.seed} classes {turn}")
+        epoch, position = divmod(turn, len(self.members[c]))
+        return int(self.members[c][shuffled(position, len(self.members[c]), f"{self.seed} {c} {epoch}")])
 
     def __getitem__(self, n):
-        epoch, position = divmod(n, len(self.source))
-        i = shuffled(position, len(self.source), f"{self.seed} {epoch}")
+        i = self.number(n)
         return self.source.clip(i, np.random.default_rng([self.seed, n])), i
 
 
@@ -544,7 +966,8 @@ def collate(clips, samples=None):
     return waveform, lengths, torch.tensor([number for _, number in clips])
 
 
-def batches(source, batch_size, updates, seed, first=0, rank=0, world=1, workers=0, samples=None):
+def batches(source, batch_size, updates, seed, first=0, rank=0, world=1, workers=0, samples=None,
+            members=None):
     """Batches for updates `first` to `updates`: this process's share of each global batch.
 
     Update u draws clips u * batch_size and on of the stream `Drawn`, whatever the number of
@@ -554,7 +977,7 @@ def batches(source, batch_size, updates, seed, first=0, rank=0, world=1, workers
     numbers = [range(u * batch_size + rank * share, u * batch_size + (rank + 1) * share)
                for u in range(first, updates)]
     return torch.utils.data.DataLoader(
-        Drawn(source, seed), batch_sampler=numbers, num_workers=workers,
+        Drawn(source, seed, members), batch_sampler=numbers, num_workers=workers,
         collate_fn=functools.partial(collate, samples=samples),
         persistent_workers=workers > 0, pin_memory=torch.cuda.is_available())
 
@@ -563,13 +986,18 @@ def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("pack", help="decode a folder of recordings into int16 shards")
-    command.add_argument("folder", help="recordings, in sub-folders too (links to folders are "
-                         "not followed): " + " ".join(AUDIO))
-    command.add_argument("out", help="folder to write; 115 MB an hour")
+    command.add_argument("folder", help="recordings, in sub-folders too: " + " ".join(AUDIO)
+                         + "; links to folders are not followed")
+    command.add_argument("out", help="folder to write; 115 MB an hour. If it was interrupted, it goes on")
+    command.add_argument("--data", choices=[name for name in LABELLED if name != "synth"],
+                         help="pack this labelled data set, with its labels, for finetune.py")
     command.add_argument("--shard-hours", type=in_range(float, 1e-3, 100), default=5.0,
                          help="hours in a file (%(default)s)")
     command.add_argument("--workers", type=in_range(int, 1, 1024),
                          help="processes that decode (as many as cores)")
+    command.add_argument("--keep-silent", action="store_true", help="pack recordings too that are "
+                         "never louder than -60 dB; their latents are all alike, so pre-training learns "
+                         "nothing from them (labelled sets keep them anyway)")
     command = commands.add_parser("synth", help="write synthetic clips as .wav and what is in them")
     command.add_argument("out", help="folder to write")
     command.add_argument("--clips", type=in_range(int, 1, 10**6), default=10, help="(%(default)s)")
@@ -577,11 +1005,20 @@ def main():
     sys.stdout.reconfigure(errors="backslashreplace")       # file names hold anything
     try:
         if args.command == "pack":
-            kept, skipped = pack(args.folder, args.out, args.shard_hours, args.workers)
-            seconds = np.load(Path(args.out) / "index.npy")["length"].sum() / SAMPLE_RATE
-            print(f"{kept} recordings, {seconds / 3600:.2f} hours, in {args.out}")
+            began, options = time.time(), dict(shard_hours=args.shard_hours, workers=args.workers)
+            if args.data:
+                kept, skipped = pack_labelled(args.data, args.folder, args.out, **options)
+            else:
+                files = audio_files(args.folder)
+                names = [str(path.relative_to(args.folder)) for path in files]
+                kept, skipped = pack(files, names, args.out, keep_silent=args.keep_silent, **options)
+            hours, minutes = Shards(args.out).lengths.sum() / SAMPLE_RATE / 3600, (time.time() - began) / 60
+            print(f"{len(kept)} recordings, {hours:.2f} hours, in {args.out}; {minutes:.1f} min, "
+                  f"{hours / minutes:.1f} hours a minute")
             if skipped:
-                print(f"{len(skipped)} skipped, listed in {Path(args.out) / 'skipped.txt'}:",
+                silent = sum(": silent" in line for line in skipped)
+                print(f"{len(skipped)} skipped, {silent} of them silent; listed in "
+                      f"{Path(args.out) / 'skipped.txt'}:",
                       *skipped[:10], *["..."] * (len(skipped) > 10), sep="\n  ")
         else:
             Path(args.out).mkdir(parents=True, exist_ok=True)

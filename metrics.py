@@ -1,8 +1,9 @@
-"""How good predictions are: accuracy and mean average precision.
+"""How good predictions are: accuracy, mAP, MAUC and lwlrap, the metrics of Tables 1 to 3.
 
 Scores and labels are (N, C) arrays or tensors: N clips, C classes, labels 0 or 1. Scores may be on
 any scale that rises with the probability; logits are best, as probabilities that round to the same
-number tie.
+number tie. What has no answer (a class that no clip has, a clip without labels) is left out; where
+nothing is left, ValueError is raised: no metric is ever NaN.
 """
 import numpy as np
 import torch
@@ -24,30 +25,73 @@ def accuracy(scores, labels):
     return float(labels[np.arange(len(scores)), scores.argmax(1)].mean())
 
 
+def _steps(scores, labels):
+    """For one class, scores and labels (N,): how many clips score at least as high as each distinct
+    score, from the highest down, and how many of these have the class: two arrays.
+
+    Clips of equal score make one step, as in scikit-learn: their order must not matter.
+    """
+    order = np.argsort(-scores)
+    last_of_tie = np.append(np.diff(scores[order]) != 0, True)
+    seen = np.flatnonzero(last_of_tie) + 1
+    return seen, np.cumsum(labels[order])[last_of_tie]
+
+
 def average_precisions(scores, labels):
     """Average precision of each class (C,); NaN for a class that no clip has.
 
     The area under precision over recall, in steps: at each distinct score, the precision among the
     clips that score as high or higher, times the share of the class's clips that score just that.
-    Clips of equal score are one step, as in scikit-learn: their order must not matter.
     """
     scores, labels = _arrays(scores, labels)
     result = np.full(scores.shape[1], np.nan)
     for c in np.flatnonzero(labels.any(0)):
-        order = np.argsort(-scores[:, c], kind="stable")
-        last_of_tie = np.append(np.diff(scores[order, c]) != 0, True)
-        hits = np.cumsum(labels[order, c])[last_of_tie]
-        seen = np.flatnonzero(last_of_tie) + 1
+        seen, hits = _steps(scores[:, c], labels[:, c])
         result[c] = np.sum(np.diff(hits, prepend=0) * hits / seen) / hits[-1]
     return result
 
 
-def mean_average_precision(scores, labels):
-    """mAP: the mean of the average precision over the classes that some clip has.
+def areas_under_roc(scores, labels):
+    """ROC-AUC of each class (C,); NaN for a class that all clips have or none.
 
-    Raises ValueError where no class has one.
+    The chance that a clip with the class scores higher than one without, ties counting half: the
+    area under hits over false alarms, by trapezoids.
     """
-    values = average_precisions(scores, labels)
+    scores, labels = _arrays(scores, labels)
+    result = np.full(scores.shape[1], np.nan)
+    for c in np.flatnonzero(labels.any(0) & ~labels.all(0)):
+        seen, hits = _steps(scores[:, c], labels[:, c])
+        new_hits, new_alarms = np.diff(hits, prepend=0), np.diff(seen - hits, prepend=0)
+        result[c] = np.sum(new_alarms * (hits - new_hits / 2)) / (hits[-1] * (seen - hits)[-1])
+    return result
+
+
+def _mean(values):
+    """Mean over the classes that have a value. Raises ValueError where none has."""
     if np.isnan(values).all():
-        raise ValueError("no clip has any label: there is no average precision")
+        raise ValueError("no class has both clips with it and clips to tell them from")
     return float(np.nanmean(values))
+
+
+def mean_average_precision(scores, labels):
+    """mAP: the mean of the average precision over the classes that some clip has."""
+    return _mean(average_precisions(scores, labels))
+
+
+def mean_area_under_roc(scores, labels):
+    """MAUC: the mean of the ROC-AUC over the classes that some clips have and some don't."""
+    return _mean(areas_under_roc(scores, labels))
+
+
+def lwlrap(scores, labels):
+    """Label-weighted label-ranking average precision, of DCASE 2019 task 2 (FSDKaggle2019).
+
+    For each label of each clip: among the classes that score at least as high in this clip, the
+    share that are labels of it. The mean of that over all labels.
+    """
+    scores, labels = _arrays(scores, labels)
+    clip, label = np.nonzero(labels)
+    if len(clip) == 0:
+        raise ValueError("no clip has any label: there is no lwlrap")
+    above = scores[clip] >= scores[clip, label][:, None]            # (labels in all, C)
+    return float(np.mean((above & labels[clip]).sum(1) / above.sum(1)))

@@ -13,6 +13,7 @@ Then `python finetune.py --init`. What is in the run's folder: checkpoint.pt, al
 go on (--resume) or to fine-tune; log.jsonl, a line of JSON every few updates.
 """
 import argparse
+import functools
 import json
 import os
 import pickle
@@ -27,7 +28,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from datasets import InputError, Parser, batches, in_range, open_source
+from datasets import InputError, Parser, batches, in_range, open_source, write_whole
 from frontend import SAMPLE_RATE, LogMel, frame_count
 from wav2vec2 import COMMON, SIZES, Wav2Vec2, span_mask
 
@@ -68,12 +69,7 @@ def start(device=None):
 
 def save_checkpoint(path, **content):
     """Write a checkpoint so that, whenever the power fails, `path` is the old one or the new one."""
-    part = Path(path).with_suffix(".part")
-    with open(part, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    write_whole(path, functools.partial(torch.save, content))
 
 
 def load_checkpoint(run):
@@ -254,7 +250,7 @@ def main(args):
     else:
         sample = batches(source, 32, 16, args.seed, samples=samples)
         frontend.measure((waveform.to(device), lengths) for waveform, lengths, _ in
-                         tqdm(sample, "mean and deviation", disable=rank > 0, leave=False))
+                         tqdm(sample, "mean and deviation", leave=False, disable=True if rank else None))
     wrapped = model if world == 1 else DistributedDataParallel(model)
     wrapped.train()
 

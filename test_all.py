@@ -3,11 +3,16 @@
 Every formula is compared with numpy or plain Python that says what it means; the scripts are run as
 a user runs them, at a tiny size, in temporary folders.
 """
+import hashlib
+import http.server
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +23,7 @@ import torch
 import augment
 import datasets
 import finetune
+import metrics
 import pretrain
 import wav2vec2
 from conformer import BatchNorm, ConformerBlock, Dropout, SelfAttention
@@ -510,7 +516,7 @@ def test_streamed_wav_of_unknown_length_is_whole(tmp_path):
 
 def test_damaged_packs_are_refused(tmp_path):
     write_wav(tmp_path / "in" / "a.wav", 3)
-    datasets.pack(tmp_path / "in", tmp_path / "out", workers=1)
+    datasets.pack([tmp_path / "in" / "a.wav"], ["a.wav"], tmp_path / "out")
     assert len(datasets.Packed(tmp_path / "out", 1)) == 1
     shard = tmp_path / "out" / "shard_00000.int16"
     for damage in (lambda: shard.write_bytes(shard.read_bytes()[:-2]), shard.unlink,
@@ -538,7 +544,12 @@ def test_pack_keeps_every_good_file_and_lists_the_bad(tmp_path):
     assert len({shard for shard, _, _ in index}) > 1
     skipped = (tmp_path / "out" / "skipped.txt").read_text()
     assert all(name in skipped for name in bad if name != "missing.wav") and "silent" in skipped
-    assert "already" in run("datasets.py", "pack", tmp_path / "in", tmp_path / "out", code=2)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("shard*")}
+    again = ["datasets.py", "pack", tmp_path / "in", tmp_path / "out", "--shard-hours", 0.001]
+    assert "5 recordings" in run(*again)                        # nothing is done twice
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("shard*")}
+    write_wav(tmp_path / "in" / "new.wav")
+    assert "other recordings" in run(*again, code=2)
 
 
 @pytest.mark.parametrize("kind", [datasets.Packed, datasets.Folder])
@@ -549,7 +560,8 @@ def test_crops_come_from_all_over_the_recordings(tmp_path, kind):
     write_wav(tmp_path / "short.wav", 1.5)
     write_wav(tmp_path / "tiny.wav", 0.5)
     if kind is datasets.Packed:
-        datasets.pack(tmp_path, tmp_path / "out", workers=1)
+        files = datasets.audio_files(tmp_path)
+        datasets.pack(files, [path.name for path in files], tmp_path / "out")
     source = kind(tmp_path / "out" if kind is datasets.Packed else tmp_path, 2.0)
     assert len(source) == 2
     starts = [source.clip(0, np.random.default_rng(i))[0] / 32768 / 0.9 * 9 for i in range(60)]
@@ -601,36 +613,318 @@ def write_esc50(root):
 
 def test_esc50_layout(tmp_path):
     write_esc50(tmp_path)
-    all_of_it, part = datasets.esc50(tmp_path), datasets.esc50(tmp_path, esc10=True)
+    all_of_it, part = datasets.labelled("esc50", tmp_path), datasets.labelled("esc10", tmp_path)
     assert (len(all_of_it), len(part)) == (30, 20)
     assert part.classes == ["dog", "rain"] and part.metric == "accuracy"
-    assert part.labels.sum(0).tolist() == [10, 10]
-    assert np.bincount(part.folds).tolist() == [0, 4, 4, 4, 4, 4]
+    assert part.targets(range(20)).sum(0).tolist() == [10, 10]
+    assert sorted(part.splits) == sorted("12345" * 4)
     i = part.names.index("3-101-B-1.wav")
-    assert part.labels[i].tolist() == [0, 1] and len(part.waveforms[i]) == pytest.approx(12_800, abs=1)
+    assert part.labels[i] == (1,) and len(part.waveform(i)) == pytest.approx(12_800, abs=1)
     table = tmp_path / "meta" / "esc50.csv"
     table.write_text(table.read_text().replace("category", "kategorie"))
     with pytest.raises(InputError, match="category"):
-        datasets.esc50(tmp_path)
+        datasets.labelled("esc50", tmp_path)
 
 
-def labelled(counts, metric="accuracy"):
-    labels = np.repeat(np.eye(len(counts)), counts, axis=0)
-    return datasets.Labelled([np.zeros(10, np.int16)] * len(labels), labels,
-                             list("abcdefg"[:len(counts)]), list(map(str, range(len(labels)))),
-                             np.arange(len(labels)) % 5 + 1, metric)
+def labelled(labels, classes=None, splits=None):
+    """A labelled set of clips that hold nothing but their own number."""
+    number = len(labels)
+    return datasets.Labelled([np.full(10, i, np.int16) for i in range(number)], [10] * number, labels,
+                             list("abcdefg"[:classes or 1 + max(c for own in labels for c in own)]),
+                             list(map(str, range(number))), splits or [str(i % 5 + 1) for i in range(number)],
+                             "accuracy")
+
+
+def test_targets_and_members_say_the_same_as_the_labels():
+    data = labelled([(0, 2), (1,), (), (2,)])
+    assert data.targets([3, 0, 2]).tolist() == [[0, 0, 1], [1, 0, 1], [0, 0, 0]]
+    assert [clips.tolist() for clips in data.members()] == [[0], [1], [0, 3]]
+    part = data.subset(np.array([3, 1]))
+    assert part.targets([0, 1]).tolist() == [[0, 0, 1], [0, 1, 0]] and part.waveform(0)[0] == 3
 
 
 def test_fraction_keeps_all_classes_and_is_nested():
-    data = labelled([30, 9, 1])
+    data = labelled([(0,)] * 30 + [(1,)] * 9 + [(2,)])
     third, tenth = data.fraction(1 / 3, seed=1), data.fraction(0.1, seed=1)
-    assert third.labels.sum(0).tolist() == [10, 3, 1]
-    assert tenth.labels.sum(0).tolist() == [3, 1, 1]
+    assert third.targets(range(len(third))).sum(0).tolist() == [10, 3, 1]
+    assert tenth.targets(range(len(tenth))).sum(0).tolist() == [3, 1, 1]
     assert set(tenth.names) < set(third.names)
     assert set(third.names) != set(data.fraction(1 / 3, seed=2).names)
-    several = labelled([2, 2, 2])
-    several.labels = np.array([[1, 0, 0], [0, 0, 0], [0, 1, 0], [0, 0, 0], [1, 1, 1], [0, 0, 0]])
-    assert (several.fraction(0.01, seed=0).labels.sum(0) > 0).all()
+    several = labelled([(0,), (), (1,), (), (0, 1, 2), ()])
+    few = several.fraction(0.01, seed=0)
+    assert (few.targets(range(len(few))).sum(0) > 0).all()
+
+
+def test_fingerprint_tells_sets_apart_but_not_orders():
+    data = labelled([(0,), (1,), (1,), (0,)])
+    turned = data.subset(np.array([2, 0, 3, 1]))
+    assert turned.fingerprint() == data.fingerprint()
+    assert data.subset(np.arange(3)).fingerprint() != data.fingerprint()
+    other = labelled([(0,), (1,), (0,), (0,)])
+    assert other.fingerprint() != data.fingerprint()
+
+
+# A miniature of each data set as it lies on disk, with its quirks: each returns how many clips are
+# there, how many missing, how many unreadable, and the number of training clips.
+
+
+def mini_audioset(root):
+    """Blanks after commas, ids that begin with - or Y, four ways to name a file, clips that are gone."""
+    ids = ["-0RWZT-miFs", "--4gqARaEJE", "Y0_abcdefgh", "abcdefghijk", "gone_gone_g", "-corrupt_-_"]
+    quirks = ["{}.wav", "Y{}.wav", "{}_30.flac", "{}_30000.ogg", None, "{}.wav"]
+    (root / "audio").mkdir(parents=True)
+    for part, prefix in (("balanced_train", "b"), ("unbalanced_train", "u"), ("eval", "e")):
+        lines = ["# Segments csv created Sun Mar  5 10:54:25 2017", "# num_ytids=6, num_segs=6",
+                 "# YTID, start_seconds, end_seconds, positive_labels"]
+        for i, name in enumerate(ids):
+            name = name[:-1] + prefix
+            mids = ["/m/09x0r,/t/dd00088", "/m/0dgw9r", "/m/09x0r"][i % 3]
+            lines.append(f'{name}, 30.000, 40.000, "{mids}"')
+            if name.startswith("-corrupt"):
+                (root / "audio" / f"{name}.wav").write_text("not audio")
+            elif quirks[i]:
+                write_wav(root / "audio" / quirks[i].format(name), 1, 16_000, frequency=300 * (1 + i % 3))
+        (root / f"{part}_segments.csv").write_text("\n".join(lines) + "\n")
+    (root / "class_labels_indices.csv").write_text(
+        'index,mid,display_name\n0,/m/09x0r,"Speech"\n1,/t/dd00088,"Gush"\n'
+        '2,/m/0dgw9r,"Male speech, man speaking"\n')
+    return 12, 3, 3, 8
+
+
+def mini_audioset_balanced(root):
+    mini_audioset(root)
+    return 8, 2, 2, 4
+
+
+def mini_esc50(root):
+    write_esc50(root)
+    (root / "audio" / "2-100-A-0.wav").unlink()
+    (root / "audio" / "3-100-A-0.wav").write_bytes(b"RIFF")
+    return 28, 1, 1, 22
+
+
+def mini_fsdkaggle2019(root, kaggle=False):
+    """Quoted lists of labels; Zenodo's folders and file names."""
+    for part, table, usage in (("train_curated", "train_curated_post_competition", ""),
+                               ("train_noisy", "train_noisy_post_competition", ""),
+                               ("test", "test_post_competition", ",usage")):
+        lines = ["fname,labels" + usage]
+        for i, labels in enumerate(["Bark", '"Bark,Meow"', "Purr", "Meow"]):
+            name = f"{part[6:10]}{i:04x}.wav"
+            lines.append(f"{name},{labels}" + ",Public" * bool(usage))
+            write_wav(root / f"FSDKaggle2019.audio_{part}" / name, 0.4 + 0.3 * i, 44_100, frequency=200 * (i + 1))
+        meta = root / "FSDKaggle2019.meta"
+        meta.mkdir(exist_ok=True)
+        (meta / f"{table}.csv").write_text("\n".join(lines) + "\n")
+    return 12, 0, 0, 8
+
+
+def mini_fsdkaggle2019_curated(root):
+    """Kaggle's own layout, but for the test labels, which came out later."""
+    mini_fsdkaggle2019(root)
+    (root / "FSDKaggle2019.meta" / "train_curated_post_competition.csv").rename(root / "train_curated.csv")
+    (root / "FSDKaggle2019.audio_train_curated").rename(root / "train_curated")
+    return 8, 0, 0, 4
+
+
+def mini_dcase2019(root):
+    """Tabs; stereo at 48 kHz."""
+    (root / "evaluation_setup").mkdir(parents=True)
+    for part in ("train", "evaluate"):
+        lines = ["filename\tscene_label"]
+        for i, scene in enumerate(["airport", "park", "metro_station", "park"]):
+            name = f"audio/{scene}-lisbon-{part}-{i}-a.wav"
+            lines.append(f"{name}\t{scene}")
+            write_wav(root / name, 1, 48_000, channels=2, frequency=250 * (1 + i % 2))
+        (root / "evaluation_setup" / f"fold1_{part}.csv").write_text("\n".join(lines) + "\n")
+    return 8, 0, 0, 4
+
+
+def mini_magnatagatune(root):
+    """Tabs, quotes, mp3 in folders 0 to f; a clip without tags; one of the empty mp3s."""
+    lines = ["\t".join(f'"{name}"' for name in ("clip_id", "no voice", "guitar", "mp3_path"))]
+    for i, folder in enumerate("0123456789abcdefc"):
+        path = f"{folder}/artist-album-{i:02}-track-0-29.mp3"
+        tags = (0, 0) if folder == "3" else (1 - i // 4 % 2, i // 4 % 2) if folder == "c" else (i % 2, 1 - i % 2)
+        lines.append("\t".join(f'"{value}"' for value in (i, *tags, path)))
+        write_wav(root / path, 1.2, 16_000, frequency=220 + 440 * (i % 2))
+    (root / "6" / "artist-album-06-track-0-29.mp3").write_bytes(b"")
+    (root / "annotations_final.csv").write_text("\n".join(lines) + "\n")
+    return 15, 0, 1, 10
+
+
+def mini_kinetics700(root):
+    """Ids that begin with -, padded times in names, a test split whose labels are held out."""
+    for split in ("train", "validate"):
+        lines = ["label,youtube_id,time_start,time_end,split"]
+        for i, label in enumerate(["playing guitar", "dancing", '"eating, slowly"', "dancing"]):
+            name = f"-{split[:3]}{i}__abcde"
+            lines.append(f"{label},{name},{i},{i + 10},{split}")
+            if (split, i) != ("train", 3):
+                write_wav(root / split / f"{name}_{i:06}_{i + 10:06}.wav", 1, 16_000, frequency=200 * (1 + i))
+        (root / f"{split}.csv").write_text("\n".join(lines) + "\n")
+    (root / "test.csv").write_text("youtube_id,time_start,time_end,split\n-tes0__abcde,0,10,test\n")
+    return 7, 1, 0, 3
+
+
+def mini_folder(root):
+    for i in range(20):
+        write_wav(root / ["high", "low"][i % 2] / "sub" / f"{i}.flac", 0.5, 22_050, frequency=1600 >> (i % 2))
+    write_wav(root / "in no class.wav")
+    return 20, 0, 0, 16
+
+
+def mini_csv(root):
+    """Several labels, none, and a split; the file column counts from the table's folder."""
+    lines = ["file,labels,split"]
+    for i, (labels, split) in enumerate([("a; b", "train"), ("a", "train"), ("", "train"), ("b", "valid"),
+                                         ("a", "valid"), ("b", "test"), ("a;b", "test")]):
+        lines.append(f"sounds/{i}.wav,{labels},{split}")
+        write_wav(root / "sounds" / f"{i}.wav", 0.5)
+    (root / "sounds" / "4.wav").unlink()
+    (root / "mine.csv").write_text("\n".join(lines) + "\n")
+    return 6, 1, 0, 3
+
+
+MINIATURES = dict(zip(datasets.LABELLED, [None, mini_audioset, mini_audioset_balanced, mini_esc50, None,
+                                          mini_fsdkaggle2019, mini_fsdkaggle2019_curated, None, mini_dcase2019,
+                                          mini_magnatagatune, mini_kinetics700, mini_folder, mini_csv]))
+MINIATURES = {name: write for name, write in MINIATURES.items() if write}
+
+
+@pytest.mark.parametrize("name", MINIATURES)
+def test_each_data_set_is_trained_on_as_it_lies_on_disk(tmp_path, name):
+    """And a pack of it holds the same clips with the same labels."""
+    there, missing, unreadable, trained = MINIATURES[name](tmp_path / "data")
+    root = tmp_path / "data" / "mine.csv" if name == "csv" else tmp_path / "data"
+    printed = run("finetune.py", "--data", name, "--root", root, "--updates", 2, "--batch-size", 4,
+                  "--out", tmp_path / "run")
+    assert f"{name}: {there} clips" in printed
+    assert f"{missing} missing, {unreadable} unreadable" in printed
+    assert f"after {trained} clips" in printed
+    datasets.pack_labelled(name, root, tmp_path / "packed")
+    said = []
+    direct, packed = (datasets.labelled(name, place, say=said.append) for place in (root, tmp_path / "packed"))
+    assert said[0].split(" unreadable")[0] == said[1].split(" unreadable")[0]
+    assert packed.fingerprint() == direct.fingerprint()
+    assert packed.classes == direct.classes and packed.metric == direct.metric
+    assert dict(zip(packed.names, packed.splits)) == dict(zip(direct.names, direct.splits))
+
+
+def test_fine_tuning_from_a_pack(tmp_path):
+    write_esc50(tmp_path / "data")
+    run("datasets.py", "pack", tmp_path / "data", tmp_path / "packed", "--data", "esc10")
+    options = ["finetune.py", "--data", "esc10", "--updates", 2, "--batch-size", 4, "--out", tmp_path / "run"]
+    printed = [re.sub("[0-9.]+ min", "", run(*options, "--root", tmp_path / place)) for place in ("data", "packed")]
+    assert printed[0] == printed[1]
+    assert "packed esc10, not esc50" in run("finetune.py", "--data", "esc50", "--root", tmp_path / "packed", code=2)
+
+
+def test_labels_of_the_data_sets(tmp_path):
+    """What the tables say about single clips."""
+    say = lambda text: None
+    mini_audioset(tmp_path / "a")
+    data = datasets.labelled("audioset", tmp_path / "a", say=say)
+    assert data.classes == ["Speech", "Gush", "Male speech, man speaking"]
+    own = dict(zip(data.names, data.labels))
+    assert own["-0RWZT-miFb"] == (0, 1) and own["--4gqARaEJu"] == (2,) and own["Y0_abcdefge"] == (0,)
+    mini_fsdkaggle2019(tmp_path / "f")
+    data = datasets.labelled("fsdkaggle2019-noisy", tmp_path / "f", say=say)
+    assert data.classes == ["Bark", "Meow", "Purr"] and (data.splits == "train").sum() == 4
+    assert dict(zip(data.names, data.labels))["nois0001.wav"] == (0, 1)
+    mini_magnatagatune(tmp_path / "m")
+    data = datasets.labelled("magnatagatune", tmp_path / "m", say=say)
+    splits = {name[0]: split for name, split in zip(data.names, data.splits)}
+    assert "3" not in splits and "6" not in splits
+    assert [splits[folder] for folder in "0bcdf"] == ["train", "train", "valid", "test", "test"]
+    mini_kinetics700(tmp_path / "k")
+    data = datasets.labelled("kinetics700", tmp_path / "k", say=say)
+    assert dict(zip(data.names, data.labels))["-val2__abcde_000002_000012"] == (data.classes.index("eating, slowly"),)
+    mini_csv(tmp_path / "c")
+    data = datasets.labelled("csv", tmp_path / "c" / "mine.csv", say=say)
+    assert data.labels[0] == (0, 1) and data.labels[2] == () and data.metric == "mAP"
+    mini_folder(tmp_path / "s")
+    data = datasets.labelled("folder", tmp_path / "s", say=say)
+    assert data.classes == ["high", "low"] and data.metric == "accuracy"
+    assert sorted(np.bincount([own[0] for own in data.subset(np.flatnonzero(data.splits == "test")).labels])) == [2, 2]
+
+
+def test_magnatagatune_keeps_the_most_frequent_tags(tmp_path):
+    mini_magnatagatune(tmp_path)
+    clips, classes = datasets.magnatagatune(datasets.Tree(tmp_path), top=1)
+    assert classes == ["no voice"] and len(clips) == 8          # of odd folders but 3, and one in c
+
+
+def test_too_many_hours_are_to_be_packed(tmp_path, monkeypatch):
+    mini_folder(tmp_path)
+    monkeypatch.setattr(datasets, "IN_MEMORY", 5 / 3600)
+    with pytest.raises(InputError, match="pack .* --data folder"):
+        datasets.labelled("folder", tmp_path)
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Gives `content`, at most `most` bytes of it at a time; knows ranges if `ranges`."""
+
+    content, most, ranges, asked = b"", None, True, []
+
+    def do_GET(self):
+        start = int(self.headers.get("Range", "bytes=0-")[6:-1])
+        Server.asked.append(start)
+        if self.ranges and start >= len(self.content):
+            return self.send_error(416)
+        start = start if self.ranges else 0
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(self.content) - start))
+        self.end_headers()
+        self.wfile.write(self.content[start:start + (self.most or len(self.content))])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    """The address of a server on this machine."""
+    Server.asked, Server.most, Server.ranges = [], None, True
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/a"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_download_goes_on_or_starts_again(tmp_path, server, ranges):
+    Server.content, Server.ranges, Server.most = bytes(range(256)) * 40, ranges, 6000
+    with pytest.raises(InputError, match="broke off|IncompleteRead"):
+        datasets.download(server, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    Server.most = None
+    datasets.download(server, tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == Server.content and Server.asked == [0, 6000]
+
+
+def test_esc50_is_downloaded_checked_and_trained_on(tmp_path, server):
+    write_esc50(tmp_path / "made" / "ESC-50-master")
+    archive = shutil.make_archive(tmp_path / "esc", "zip", tmp_path / "made")
+    Server.content = Path(archive).read_bytes()
+    table = (tmp_path / "made" / "ESC-50-master" / "meta" / "esc50.csv").read_bytes()
+    script = ("import datasets, finetune, sys; datasets.ESC50_URL, datasets.ESC50_MD5 = sys.argv[1:3]\n"
+              "try: finetune.main(finetune.parse(sys.argv[3:]))\n"
+              "except datasets.InputError as error: sys.exit(str(error))")
+
+    def finetune_with(md5, root):
+        return subprocess.run([sys.executable, "-c", script, server, md5, "--data", "esc10", "--root", root,
+                               "--download", "--updates", "1", "--out", tmp_path / "run"], cwd=HERE, text=True,
+                              capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    assert "not the official table" in finetune_with("0" * 32, tmp_path / "bad").stderr
+    done = finetune_with(hashlib.md5(table).hexdigest(), tmp_path / "good")
+    assert "esc10: 20 clips" in done.stdout, done.stderr
+    asked = len(Server.asked)
+    assert finetune_with(hashlib.md5(table).hexdigest(), tmp_path / "good").returncode == 0
+    assert len(Server.asked) == asked                           # what is there is not fetched again
+    (tmp_path / "good" / "ESC-50.zip").write_bytes(Server.content[:-100])
+    assert "damaged" in finetune_with(hashlib.md5(table).hexdigest(), tmp_path / "good").stderr
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 64, 1000])
@@ -639,6 +933,19 @@ def test_shuffled_is_a_permutation(count):
     assert sorted(order) == list(range(count))
     if count > 7:
         assert order != sorted(order) and order != [datasets.shuffled(i, count, "0 1") for i in range(count)]
+
+
+def test_balanced_draws_each_class_equally_often_and_all_its_clips():
+    data = labelled([(0,)] * 20 + [(1,)] * 3 + [(0, 2)], classes=4)     # nobody has class 3
+    drawn = datasets.Drawn(data, 0, data.members())
+    turns = [[drawn.number(3 * turn + k) for k in range(3)] for turn in range(42)]
+    rare = [[i for i in turn if i in clips] for clips in ((20, 21, 22), (23,)) for turn in turns]
+    assert all(len(found) >= 1 for found in rare)               # each class in each turn
+    assert all(len([i for i in turn if 20 <= i < 23]) == 1 for turn in turns)
+    counts = np.bincount(np.ravel(turns), minlength=24)
+    assert (counts[20:23] == 14).all()                          # three clips in 42 turns
+    assert (counts[:20] == 2).all() and counts[23] == 42 + 2    # 21 clips of class 0 in 42 turns
+    assert turns[0] != turns[1] != turns[2]
 
 
 def test_batches_do_not_depend_on_processes_or_history():
@@ -688,22 +995,20 @@ def test_time_mask_hides_one_interval_within_the_clip():
 
 
 def test_mixup_is_equation_2():
-    x, noise, order = torch.randn(4, 6, 64), torch.rand(4), torch.tensor([2, 0, 3, 1])
-    padding = torch.arange(6) >= torch.tensor([6, 6, 4, 6])[:, None]
-    out = augment.mixup(x, noise, order, padding)
+    x, partner, noise = torch.randn(4, 6, 64), torch.randn(4, 6, 64), torch.rand(4)
+    out = augment.mixup(x, partner, noise, torch.tensor([6, 6, 4, 6]))
     for i in range(4):
         alpha = math.sin(math.pi * noise[i] / 2) ** 2
         alpha = max(alpha, 1 - alpha)
-        expected = alpha * x[i] + (1 - alpha) * x[order[i]]
-        if order[i] == 2:                                       # the other has ended: x stays alone
+        expected = alpha * x[i] + (1 - alpha) * partner[i]
+        if i == 2:                                              # the other has ended: x stays alone
             expected[4:] = x[i, 4:]
         torch.testing.assert_close(out[i], expected)
 
 
 def test_mixup_draws_from_the_beta_distribution():
-    noise = torch.rand(50_000)
-    x = torch.cat([torch.ones(25_000, 1, 1), torch.zeros(25_000, 1, 1)])
-    alpha = augment.mixup(x, noise, torch.arange(50_000).roll(25_000))[:25_000].flatten().numpy()
+    ones = torch.ones(25_000, 1, 1)
+    alpha = augment.mixup(ones, 0 * ones, torch.rand(25_000), torch.ones(25_000)).flatten().numpy()
     drawn = np.random.default_rng(0).beta(0.5, 0.5, 25_000)
     drawn = np.maximum(drawn, 1 - drawn)
     quantiles = np.linspace(0.05, 0.95, 10)
@@ -723,17 +1028,58 @@ def slow_average_precision(scores, labels):
     return result
 
 
-@pytest.mark.parametrize("kind", ["random", "tied", "constant"])
-def test_mean_average_precision_is_the_definition(kind):
+def slow_area_under_roc(scores, labels):
+    """The share of pairs (clip with the class, clip without) in which the former scores higher."""
+    pairs = [(a, b) for a, x in zip(scores, labels) if x for b, y in zip(scores, labels) if not y]
+    return sum((a > b) + (a == b) / 2 for a, b in pairs) / len(pairs)
+
+
+def slow_lwlrap(scores, labels):
+    """For each label of each clip: go down the clip's classes to it, and count the labels among them."""
+    shares = []
+    for row, own in zip(scores, labels):
+        for c in np.flatnonzero(own):
+            at_least = [k for k in range(len(row)) if row[k] >= row[c]]
+            shares.append(sum(own[k] for k in at_least) / len(at_least))
+    return sum(shares) / len(shares)
+
+
+@pytest.fixture(params=["random", "tied", "constant"])
+def scored(request):
+    """Scores and labels of 60 clips: class 3 is nobody's, class 4 everybody's."""
     rng = np.random.default_rng(0)
     scores = {"random": rng.normal(size=(60, 5)), "tied": rng.integers(0, 4, (60, 5)),
-              "constant": np.zeros((60, 5))}[kind].astype(float)
+              "constant": np.zeros((60, 5))}[request.param].astype(float)
     labels = rng.random((60, 5)) < 0.2
-    labels[:, 3] = False                                        # a class that nobody has
-    labels[:, 4] = True
+    labels[:, 3], labels[:, 4] = False, True
+    return scores, labels
+
+
+def test_mean_average_precision_is_the_definition(scored):
+    scores, labels = scored
     expected = np.mean([slow_average_precision(scores[:, c], labels[:, c]) for c in (0, 1, 2, 4)])
     assert mean_average_precision(scores, labels) == pytest.approx(expected)
     assert mean_average_precision(torch.tensor(scores), torch.tensor(labels)) == pytest.approx(expected)
+
+
+def test_mean_area_under_roc_is_the_definition(scored):
+    scores, labels = scored
+    expected = [slow_area_under_roc(scores[:, c], labels[:, c]) for c in (0, 1, 2)]
+    assert metrics.mean_area_under_roc(scores, labels) == pytest.approx(np.mean(expected))
+    assert np.isnan(metrics.areas_under_roc(scores, labels)).tolist() == [False] * 3 + [True] * 2
+
+
+def test_lwlrap_is_the_definition(scored):
+    scores, labels = scored
+    labels[:9] = False                                          # clips without labels do not count
+    assert metrics.lwlrap(scores, labels) == pytest.approx(slow_lwlrap(scores, labels))
+
+
+def test_saturated_probabilities_tie_but_logits_do_not():
+    logits = torch.tensor([[30.0], [40.0], [2.0]])
+    labels = [[0], [1], [0]]
+    assert metrics.mean_area_under_roc(logits, labels) == 1
+    assert metrics.mean_area_under_roc(logits.sigmoid(), labels) == 0.75
 
 
 def test_accuracy_counts_right_answers():
@@ -743,8 +1089,12 @@ def test_accuracy_counts_right_answers():
 
 
 def test_metrics_refuse_what_has_no_answer():
-    with pytest.raises(ValueError, match="no clip"):
+    with pytest.raises(ValueError, match="no class"):
         mean_average_precision(np.ones((3, 2)), np.zeros((3, 2)))
+    with pytest.raises(ValueError, match="no class"):
+        metrics.mean_area_under_roc(np.ones((3, 2)), np.ones((3, 2)))
+    with pytest.raises(ValueError, match="no clip"):
+        metrics.lwlrap(np.ones((3, 2)), np.zeros((3, 2)))
     with pytest.raises(ValueError, match="not a number"):
         accuracy([[math.nan, 1.0]], [[1, 0]])
     with pytest.raises(ValueError, match="N, C"):
@@ -802,6 +1152,29 @@ def test_each_augmentation_can_be_chosen(name):
     assert not torch.equal(*outputs)
 
 
+def test_consistency_augments_each_clip_twice():
+    wave, lengths = torch.randn(4, 16_000), torch.tensor([16_000, 9_000, 16_000, 9_000])
+    both, padding = finetune.augmented(wave, lengths, LogMel(), finetune.parse(
+        ["--consistency", "2", "--augment", "time_mask"]), torch.Generator().manual_seed(0))
+    first, second = both.chunk(2)
+    hidden = [(version == 0).all(2) for version in (first, second)]
+    assert not torch.equal(*hidden)                             # each has its own mask
+    seen = ~hidden[0] & ~hidden[1]
+    assert torch.equal(first[seen], second[seen])               # and the rest is the same clip
+    assert torch.equal(*padding.chunk(2))
+
+
+def test_consistency_is_the_symmetric_divergence():
+    """Against torch's distributions; p = q gives 0."""
+    from torch.distributions import Bernoulli, Categorical, kl_divergence
+    logits, others = torch.randn(5, 3) * 4, torch.randn(5, 3) * 4
+    for loss, kind in (("bce", Bernoulli), ("ce", Categorical)):
+        p, q = kind(logits=logits), kind(logits=others)
+        expected = (kl_divergence(p, q) + kl_divergence(q, p)).mean()
+        torch.testing.assert_close(finetune.consistency(logits, others, loss), expected)
+        assert finetune.consistency(logits, logits, loss) == 0
+
+
 @pytest.mark.parametrize("norm", ["group", "batch"])
 def test_bf16_is_close_to_float32(norm):
     model, log_mel = Wav2Vec2("tiny", **{**SMALL, "width": 32, "norm": norm}).eval(), torch.randn(2, 40, 64)
@@ -812,17 +1185,26 @@ def test_bf16_is_close_to_float32(norm):
 
 
 def test_split_never_trains_on_what_it_tests():
-    data = labelled([20, 20])
+    data = labelled([(0,), (1,)] * 20)
     for validate in (False, True):
         args = finetune.parse(["--validate"] if validate else [])
-        seen = []
-        for fold in range(1, 6):
-            training, test = finetune.split(data, fold, 1.0, args)
-            assert not set(training.names) & set(test.names)
-            assert len(training) == (24 if validate else 32) and len(test) == 8
-            assert fold not in training.folds and (fold in test.folds) == (not validate)
-            seen += test.names
-        assert len(set(seen)) == 40
+        tested = []
+        for fold in "12345":
+            training, valid, test = finetune.split(data, fold, 1.0, args)
+            assert not set(training.names) & set(test.names) and not set(valid.names) & set(test.names)
+            assert not set(training.names) & set(valid.names) and len(valid) == 8 * validate
+            assert len(training) == 32 - len(valid) and set(test.splits) == {fold}
+            tested += test.names
+        assert len(set(tested)) == 40
+
+
+def test_split_holds_out_a_tenth_where_there_are_no_folds():
+    data = labelled([(0,), (1,)] * 20, splits=["train"] * 30 + ["test"] * 10)
+    training, valid, test = finetune.split(data, None, 1.0, finetune.parse(["--validate"]))
+    assert (len(training), len(valid), len(test)) == (26, 4, 10)
+    assert set(training.splits) | set(valid.splits) == {"train"} and not set(training.names) & set(valid.names)
+    data = labelled([(0,), (1,)] * 20, splits=["train"] * 30 + ["valid"] * 4 + ["test"] * 6)
+    assert [len(part) for part in finetune.split(data, None, 1.0, finetune.parse([]))] == [30, 4, 6]
 
 
 @pytest.fixture(scope="module")
@@ -927,14 +1309,14 @@ def test_workers_may_be_spawned(pretrained, tmp_path):
 
 def test_fine_tuning_over_folds_from_a_checkpoint(pretrained, tmp_path):
     write_esc50(tmp_path)
-    for options in ([], ["--freeze", "--head", "frames", "--augment", "jitter", "time_mask", "mixup"]):
+    for options in (["--loss", "ce"], ["--freeze", "--head", "frames", "--augment", "--consistency", 0]):
         printed = run("finetune.py", "--data", "esc50", "--root", tmp_path, "--init", pretrained[1],
                       "--fold", "all", "--fraction", 1, 0.5, "--updates", 3, "--batch-size", 4,
                       "--out", tmp_path / "run", *options)
         assert printed.count("mean accuracy over 5 folds") == 2
     results = [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
-    assert [line["fold"] for line in results] == [1, 2, 3, 4, 5] * 4
-    assert [line["train"] for line in results] == ([24] * 5 + [12] * 5) * 2
+    assert [line["fold"] for line in results] == list("12345") * 4
+    assert [int(line["train"].split()[0]) for line in results] == ([24] * 5 + [12] * 5) * 2
     before = pretrain.load_checkpoint(pretrained[1])["model"]
     after = torch.load(tmp_path / "run" / "fold5_fraction0.5.pt", weights_only=True)
     assert torch.equal(after["frontend"]["mean"], pretrain.load_checkpoint(pretrained[1])["frontend"]["mean"])
@@ -949,20 +1331,48 @@ def test_fine_tuning_learns_tones(tmp_path):
     assert "accuracy 1.000 on 6 clips" in printed
 
 
+def test_the_weights_that_did_best_on_validation_clips_are_tested(tmp_path):
+    """A run whose rate explodes after it has learned: the last weights would be useless."""
+    write_esc50(tmp_path)
+    script = ("import finetune, sys\n"
+              "finetune.three_stages = lambda update, *_: 3e-3 if update < 30 else 10.0\n"
+              "finetune.main(finetune.parse(sys.argv[1:]))")
+    options = ["--data", "esc50", "--root", tmp_path, "--updates", 40, "--batch-size", 6, "--augment"]
+    accuracies = []
+    for extra in ([], ["--validate"], ["--validate", "--no-test"]):
+        done = subprocess.run([sys.executable, "-c", script, *map(str, [*options, *extra, "--out", tmp_path / "run"])],
+                              cwd=HERE, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True)
+        assert done.returncode == 0, done.stderr
+        accuracies.append(float(re.search(r"accuracy ([0-9.]+)", done.stdout)[1]))
+    assert accuracies[0] < 0.7 and accuracies[1:] == [1, 1] and "validation accuracy" in done.stdout
+
+
 def test_fine_tuning_in_two_processes_scores_each_clip_once(tmp_path):
     write_esc50(tmp_path)
     run("finetune.py", "--data", "esc10", "--root", tmp_path, "--updates", 2, "--batch-size", 4,
         "--out", tmp_path / "run", processes=2)
     result = json.loads((tmp_path / "run" / "results.jsonl").read_text())
-    assert result["test"] == 4 and result["score"] in (0, 0.25, 0.5, 0.75, 1)
+    assert result["test"].startswith("4 clips") and result["score"] in (0, 0.25, 0.5, 0.75, 1)
     model, front = finetune.build(finetune.parse([]), 2, None)
     checkpoint = torch.load(tmp_path / "run" / "fold1_fraction1.pt", weights_only=True)
     model.load_state_dict(checkpoint["model"])
     front.load_state_dict(checkpoint["frontend"])
-    data = datasets.esc50(tmp_path, esc10=True)
-    test = data.subset(np.flatnonzero(data.folds == 1))
+    data = datasets.labelled("esc10", tmp_path)
+    test = data.subset(np.flatnonzero(data.splits == "1"))
     logits = finetune.predict(model, front, test, finetune.parse([]), torch.device("cpu"))
-    assert accuracy(logits, test.labels) == result["score"]
+    assert accuracy(logits, test.targets(range(4))) == result["score"]
+
+
+def test_two_processes_fine_tune_as_one(tmp_path):
+    """Same clips, same augmentations, partners of mixup out of the whole batch: the same weights."""
+    write_esc50(tmp_path)
+    run("pretrain.py", *SMALL_OPTIONS, "--dropout", 0, "--updates", 1, "--batch-size", 2, "--out", tmp_path / "init")
+    for processes in (None, 2):
+        run("finetune.py", "--data", "esc50", "--root", tmp_path, "--updates", 3, "--batch-size", 6,
+            "--head-dropout", 0, "--init", tmp_path / "init", "--out", tmp_path / f"run{processes}", processes=processes)
+    one, two = (torch.load(tmp_path / f"run{p}" / "fold1_fraction1.pt", weights_only=True)["model"] for p in (None, 2))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=1e-4)
 
 
 class Evil:
@@ -988,6 +1398,15 @@ class Evil:
     ("finetune.py", ["--init", "EVIL"], "not a checkpoint"),
     ("finetune.py", ["--init", "OTHER"], "not from pretrain.py"),
     ("finetune.py", ["--data", "esc50"], "--root"),
+    ("finetune.py", ["--data", "audioset", "--root", "EMPTY"], "class_labels_indices.csv"),
+    ("finetune.py", ["--data", "kinetics700", "--root", "EMPTY"], "youtube_id"),
+    ("finetune.py", ["--data", "folder", "--root", "EMPTY"], "no recordings"),
+    ("finetune.py", ["--data", "csv", "--root", "nowhere.csv"], "nowhere.csv"),
+    ("finetune.py", ["--data", "csv", "--root", "TABLE"], "split"),
+    ("finetune.py", ["--data", "csv", "--root", "GOOD", "--fold", "2"], "no folds"),
+    ("finetune.py", ["--data", "csv", "--root", "GOOD", "--no-test"], "--validate"),
+    ("finetune.py", ["--download"], "--download"),
+    ("finetune.py", ["--data", "csv", "--root", "GOOD", "--loss", "ce"], "--loss ce"),
     ("finetune.py", ["--data", "esc50", "--root", "EMPTY"], "esc50.csv"),
     ("finetune.py", ["--fraction", "1.5"], "--fraction"),
     ("finetune.py", ["--stages", "1", "1", "1"], "--stages"),
@@ -998,7 +1417,10 @@ def test_bad_input_gets_one_line_and_exit_code_2(tmp_path, script, options, word
     (tmp_path / "text.pt").write_text("no checkpoint")
     torch.save(dict(model=Evil()), tmp_path / "evil.pt")
     torch.save(dict(model={}, settings={}), tmp_path / "other.pt")
-    for placeholder, name in dict(EMPTY="empty", TEXT="text.pt", EVIL="evil.pt", OTHER="other.pt").items():
+    write_wav(tmp_path / "a.wav")
+    (tmp_path / "good.csv").write_text("file,labels,split\na.wav,a;b,train\na.wav,b,test\n")
+    (tmp_path / "table.csv").write_text("file,labels,split\na.wav,a,train\na.wav,b,tset\n")
+    for placeholder, name in dict(TABLE="table.csv", GOOD="good.csv", EMPTY="empty", TEXT="text.pt", EVIL="evil.pt", OTHER="other.pt").items():
         options = [option.replace(placeholder, name) for option in options]
     message = run(script, *options, code=2, cwd=tmp_path)
     assert word in message and message.count("\n") == 1, message
