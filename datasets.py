@@ -10,6 +10,7 @@ serves either.
     python datasets.py synth OUT                        write some synthetic clips, to listen to
 """
 import argparse
+import bisect
 import collections
 import contextlib
 import copy
@@ -21,6 +22,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import sys
 import time
 import urllib.error
@@ -235,6 +237,9 @@ def pack(files, names, out, shard_hours=5.0, workers=None, keep_silent=False):
                 shards.append(shard)
                 audio = None
     kept = [number for shard in shards for number in shard["kept"]]
+    lengths = [length for shard in shards for length in shard["lengths"]]
+    order = sorted(range(len(kept)), key=lambda i: lengths[i] < SAMPLE_RATE)    # under a second: last
+    kept = [kept[i] for i in order]
     skipped = [line for shard in shards for line in shard["skipped"]]
     if not kept:
         raise InputError(f"{out}: none of the {len(files)} files is usable: {skipped[0]}, ...")
@@ -243,7 +248,7 @@ def pack(files, names, out, shard_hours=5.0, workers=None, keep_silent=False):
             shard["lengths"], np.cumsum(shard["lengths"]))], INDEX) for n, shard in enumerate(shards)])
         write_whole(out / "names.txt", "".join(f"{names[number]}\n" for number in kept))
         write_whole(out / "skipped.txt", "".join(f"{line}\n" for line in skipped))
-        write_whole(out / "index.npy", lambda file: np.save(file, index))
+        write_whole(out / "index.npy", lambda file: np.save(file, index[order]))
     return kept, skipped
 
 
@@ -262,7 +267,7 @@ class Shards:
     def __init__(self, folder):
         self.folder = Path(folder)
         try:
-            self.index = np.load(self.folder / "index.npy")
+            self.index = np.load(self.folder / "index.npy", mmap_mode="r")
             self.lengths = self.index["length"]
             ends = self.index["start"] + self.lengths
             whole = self.index["start"].min() >= 0 and all(
@@ -288,20 +293,32 @@ class Packed:
     """Random crops of `seconds` from what `pack` wrote, one of each recording in an epoch.
 
     Shorter recordings are given whole, those under a second not at all: too little in it to mask
-    and to guess from.
+    and to guess from. `pack` puts these last.
     """
 
-    def __init__(self, folder, seconds):
-        self.shards, self.samples = Shards(folder), round(seconds * SAMPLE_RATE)
-        self.usable = np.flatnonzero(self.shards.lengths >= SAMPLE_RATE)
-        if len(self.usable) == 0:
-            raise InputError(f"{folder}: no recording in it is a second long")
+    def __init__(self, folders, seconds):
+        self.parts, self.samples = [Shards(folder) for folder in folders], round(seconds * SAMPLE_RATE)
+        usable = [bisect.bisect_left(part.lengths, True, key=lambda length: length < SAMPLE_RATE)
+                  for part in self.parts]
+        self.ends = np.cumsum(usable)
+        if self.ends[-1] == 0:
+            raise InputError(f"{', '.join(folders)}: no recording in it is a second long")
 
     def __len__(self):
-        return len(self.usable)
+        return int(self.ends[-1])
+
+    def place(self, i):
+        """In which folder recording i lies, and its number there."""
+        part = int(np.searchsorted(self.ends, i, side="right"))
+        return self.parts[part], i - (self.ends[part - 1] if part else 0)
 
     def clip(self, i, rng):
-        return crop(self.shards[self.usable[i]], self.samples, rng)
+        part, i = self.place(i)
+        return crop(part[i], self.samples, rng)
+
+    def name(self, i):
+        part, i = self.place(i)
+        return str(part.folder / (part.folder / "names.txt").read_text("utf-8").split("\n")[i])
 
 
 def crop(waveform, samples, rng):
@@ -335,6 +352,9 @@ class Folder:
         path, duration = self.recordings[i]
         start = rng.uniform(0, max(duration - self.seconds, 0))
         return to_int16(read_audio(path, start, self.seconds))[:round(self.seconds * SAMPLE_RATE)]
+
+    def name(self, i):
+        return str(self.recordings[i][0])
 
 
 # ---------------------------------------------------------------------- synth: sounds from formulas
@@ -478,12 +498,21 @@ class Synth:
             self.made[i] = synth_clip(i, "unlabelled", self.seconds)[0]
         return self.made[i]
 
+    def name(self, i):
+        return f"synth/unlabelled/{i}"
+
 
 def open_source(data, seconds):
-    """Unlabelled clips of `seconds` for pre-training: "synth", a packed folder, or a folder."""
-    if data == "synth":
+    """Unlabelled clips of `seconds` for pre-training: ["synth"], packed folders, or one other folder."""
+    if data == ["synth"]:
         return Synth(seconds)
-    return (Packed if (Path(data) / "index.npy").exists() else Folder)(data, seconds)
+    if len(data) == 1 and not (Path(data[0]) / "source.txt").exists():
+        return Folder(data[0], seconds)
+    for folder in data:
+        if not (Path(folder) / "index.npy").exists():
+            raise InputError(f"{folder}: holds no packed audio, or not all of it yet: python datasets.py pack "
+                             "makes it, or goes on where it was interrupted")
+    return Packed(data, seconds)
 
 
 # ------------------------------------------------------------------------------------ labelled sets
@@ -979,7 +1008,13 @@ def batches(source, batch_size, updates, seed, first=0, rank=0, world=1, workers
     return torch.utils.data.DataLoader(
         Drawn(source, seed, members), batch_sampler=numbers, num_workers=workers,
         collate_fn=functools.partial(collate, samples=samples),
-        persistent_workers=workers > 0, pin_memory=torch.cuda.is_available())
+        worker_init_fn=leave_signals_alone, pin_memory=torch.cuda.is_available())
+
+
+def leave_signals_alone(_):
+    """In a process that reads data: whether Ctrl-C and SIGTERM end the run is for the trainer to decide."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def main():

@@ -11,15 +11,21 @@ One GPU; the GPUs of one machine; of four machines (the same on each, with its o
     torchrun --nproc_per_node=8 --nnodes=4 --node_rank=0 --master_addr=HOST pretrain.py ...
 Then `python finetune.py --init`. What is in the run's folder: checkpoint.pt, all that is needed to
 go on (--resume) or to fine-tune; log.jsonl, a line of JSON every few updates.
+
+Which clips, crops, masks and distractors an update sees depends on (seed, update, place in the batch)
+only: not on the number of processes, nor on what was before. So a run that is killed and resumed, even
+on another number of GPUs, is the same run.
 """
 import argparse
 import functools
 import json
 import os
 import pickle
+import signal
 import sys
 import time
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +36,7 @@ from tqdm import tqdm
 
 from datasets import InputError, Parser, batches, in_range, open_source, write_whole
 from frontend import SAMPLE_RATE, LogMel, frame_count
-from wav2vec2 import COMMON, SIZES, Wav2Vec2, span_mask
+from wav2vec2 import COMMON, SIZES, Pretraining, Wav2Vec2, diagnosis, span_mask
 
 # What --updates, --warmup, --lr, --batch-size and --seconds are when not given. The paper's are
 # those of small and large (Sec. 2.3); it does not state batch size and seconds.
@@ -44,6 +50,8 @@ SCHEDULES = {
 SAME_ON_RESUME = ("size", "changes", "data", "seed", "seconds", "batch_size", "updates", "warmup", "lr",
                   "weight_decay", "clip")
 
+
+PATIENCE = 10       # updates in a row that may be skipped because loss or gradient are not finite
 
 # --------------------------------------------------------- shared with finetune.py: processes, files
 
@@ -67,13 +75,57 @@ def start(device=None):
     return torch.device(device), rank, world
 
 
+class Signals:
+    """Ctrl-C and SIGTERM end a run after the update in progress; a second one at once.
+
+    `received` is the number of the signal, 0 before.
+    """
+
+    def __init__(self):
+        self.received = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.note)
+
+    def note(self, number, _):
+        if self.received:
+            sys.exit(128 + number)
+        self.received = number
+
+
+def stop(received, bar, path, world):
+    """Say how to go on after a signal, and exit as the shell reports that signal."""
+    if world > 1:
+        dist.barrier()          # the process that writes the checkpoint has done so
+    bar.close()
+    if not bar.disable:
+        sys.stderr.write(f"stopped by signal {received}; {path} is written: --resume goes on from there\n")
+    sys.exit(128 + received)
+
+
+def add_up(values, device, world):
+    """Sums over all processes of a list of numbers (floats or scalar tensors), as floats."""
+    sums = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in values])
+    if world > 1:
+        dist.all_reduce(sums)
+    return sums.tolist()
+
+
 def save_checkpoint(path, **content):
-    """Write a checkpoint so that, whenever the power fails, `path` is the old one or the new one."""
-    write_whole(path, functools.partial(torch.save, content))
+    """Write a checkpoint so that, whenever the power fails, `path` is the old one or the new one.
+
+    Raises InputError where it can't be written.
+    """
+    try:
+        write_whole(path, functools.partial(torch.save, content))
+    except (OSError, RuntimeError) as error:        # torch's writer hides the error of the system
+        Path(path).with_suffix(".part").unlink(missing_ok=True)
+        reason = error.strerror if isinstance(error, OSError) else "is the disk full?"
+        raise InputError(f"{path}: can't be written ({reason}); what was there before still is: make "
+                         "room, then go on with --resume") from None
 
 
-def load_checkpoint(run):
-    """The pre-training checkpoint in a run's folder (or the file itself), on the CPU.
+def load_checkpoint(run, script="pretrain.py", keys=("settings", "frontend")):
+    """The checkpoint in a run's folder (or the file itself) of a script, on the CPU.
 
     Runs no code that may be hidden in it. Raises InputError where it is missing or something else.
     """
@@ -85,9 +137,8 @@ def load_checkpoint(run):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError):
         raise InputError(f"{path}: not a checkpoint, or damaged; use another") from None
-    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= {
-            "model", "frontend", "settings", "optimizer", "update", "args"}:
-        raise InputError(f"{path}: not from pretrain.py; name the folder of a pre-training run")
+    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= {"model", "update", "args", *keys}:
+        raise InputError(f"{path}: not from {script}; name the folder of such a run")
     return checkpoint
 
 
@@ -140,7 +191,8 @@ def parse(argv=None):
     count, positive = in_range(int, 1, 10**9), in_range(float, 1e-12, 1e6)
     group = parser.add_argument_group("run")
     group.add_argument("--out", default="runs/pretrain", help="folder of this run (%(default)s)")
-    group.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    group.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, on any "
+                       "number of processes; where there is none yet, start")
     group.add_argument("--seed", type=in_range(int, 0, 2**63 - 1), default=0,
                        help="another seed draws other clips, crops, "
                        "masks and starting weights (%(default)s)")
@@ -156,15 +208,20 @@ def parse(argv=None):
                        "log (%(default)s)")
     group.add_argument("--checkpoint-every", type=count, default=1000, help="updates between two "
                        "checkpoints: what a killed run loses at most (%(default)s)")
+    group.add_argument("--tensorboard", action="store_true", help="write the log's figures for TensorBoard "
+                       "too, into --out")
 
     group = parser.add_argument_group("data")
-    group.add_argument("--data", default="synth", help="'synth' (made on the fly), a folder that "
-                       "`datasets.py pack` wrote, or any folder of recordings (%(default)s)")
+    group.add_argument("--data", nargs="+", default=["synth"], help="'synth' (made on the fly); folders "
+                       "that `datasets.py pack` wrote, perhaps on several disks; or any folder of "
+                       "recordings (synth)")
     group.add_argument("--seconds", type=in_range(float, 0.1, 3600),
                        help="length of a clip (tiny: 5, else 10); longer "
                        "gives more context and more distractors, and costs more")
     group.add_argument("--batch-size", type=count, help="clips in an update, over all processes "
                        "together (tiny: 32, else 256)")
+    group.add_argument("--micro-batch", type=count, help="clips that go through the model at once in a "
+                       "process; fewer need less memory and take longer, with the same result (all)")
 
     group = parser.add_argument_group("model", "Settings of the size that can be changed.")
     group.add_argument("--size", choices=SIZES, default="tiny", help="tiny for a laptop, small and "
@@ -211,13 +268,60 @@ def parse(argv=None):
     return args
 
 
+def open_log(path, first):
+    """The log of a run, to write on after update `first`: what was logged later comes again, and a
+    killed run's last line may be torn."""
+    lines = path.read_text().splitlines(True) if first and path.exists() else []
+    log = open(path, "w", buffering=1)
+    log.writelines(line for line in lines if line.endswith("}\n") and json.loads(line)["update"] <= first)
+    return log
+
+
+def tensorboard(out):
+    """A writer of curves for TensorBoard. Raises InputError where that is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError("--tensorboard needs a package more: pip install tensorboard") from None
+    return SummaryWriter(out)
+
+
+TOTALS = ("count", "dropped")       # of the figures of `Pretraining`; the others are means
+
+
+def total(results):
+    """Of several parts of a batch: sums of the figures, means weighted by their masked steps."""
+    return [sum(getattr(result, name) * (1 if name in TOTALS else result.count) for result in results)
+            for name in Pretraining._fields]
+
+
+def means(sums):
+    """Back from `total`, of one or all processes, to figures: a dictionary."""
+    sums = dict(zip(Pretraining._fields, sums))
+    return {name: value if name in TOTALS else value / max(sums["count"], 1) for name, value in sums.items()}
+
+
+def offenders(model, frontend, waveform, lengths, noise, names):
+    """Those of a batch's clips whose loss is not finite; all where it is the model that is broken."""
+    model.eval()
+    with torch.no_grad():
+        bad = [name for i, name in enumerate(names) if not model(
+            frontend(waveform[i:i + 1, :lengths[i]]), noise=noise[i:i + 1]).loss.isfinite()]
+    return f"all {len(bad)} clips of the batch" if len(bad) == len(names) else ", ".join(bad) or "none alone"
+
+
 def main(args):
     device, rank, world = start(args.device)
-    if args.batch_size % world:
-        raise InputError(f"--batch-size {args.batch_size} does not divide by {world} processes")
+    signals = Signals()
+    share = args.batch_size // world
+    micro = min(args.micro_batch or share, share)
+    if args.batch_size % world or share % micro:
+        raise InputError(f"--batch-size {args.batch_size} does not divide by {world} processes"
+                         + f" and --micro-batch {micro}" * (args.batch_size % world == 0))
     out = Path(args.out)
-    if args.resume:
-        checkpoint = load_checkpoint(out)
+    checkpoint = None
+    if args.resume and (out / "checkpoint.pt").exists():
+        checkpoint = load_checkpoint(out, keys=("settings", "frontend", "optimizer", "logged"))
     elif (out / "checkpoint.pt").exists():
         raise InputError(f"{out} holds a run already: go on with --resume, or name another --out")
     if args.workers is None:
@@ -232,13 +336,14 @@ def main(args):
     frontend = LogMel().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98),
                                   weight_decay=args.weight_decay, fused=device.type != "mps")
-    samples, first = round(args.seconds * SAMPLE_RATE), 0
+    samples = round(args.seconds * SAMPLE_RATE)
     latents = model.noise_shape(1, frame_count(samples))[1]
     if span_mask(torch.rand(1, latents), model.settings["mask"], model.settings["span"]).all():
         raise InputError(f"--seconds {args.seconds:g} gives {latents} latents, which would all be "
                          "masked: make it longer, or --span, --mask or --stack smaller")
     source = open_source(args.data, args.seconds)
-    if args.resume:
+    first, skipped, in_a_row, logged = 0, 0, 0, dict(updates=0)
+    if checkpoint:
         for name in SAME_ON_RESUME:
             if checkpoint["args"].get(name) != getattr(args, name):
                 raise InputError(f"{out} was trained with --{name.replace('_', '-')} "
@@ -246,84 +351,99 @@ def main(args):
                                  "same options to --resume, or name another --out")
         load_model(checkpoint, model, frontend)
         optimizer.load_state_dict(checkpoint["optimizer"])
-        first = checkpoint["update"]
+        first, skipped, logged = checkpoint["update"], checkpoint["skipped"], checkpoint["logged"]
     else:
         sample = batches(source, 32, 16, args.seed, samples=samples)
         frontend.measure((waveform.to(device), lengths) for waveform, lengths, _ in
                          tqdm(sample, "mean and deviation", leave=False, disable=True if rank else None))
     wrapped = model if world == 1 else DistributedDataParallel(model)
     wrapped.train()
+    parameters = list(model.parameters())
 
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        log_path = out / "log.jsonl"
-        lines = log_path.read_text().splitlines(True) if args.resume and log_path.exists() else []
-        log = open(log_path, "w", buffering=1)
-        # What was logged after the checkpoint comes again; a killed run's last line may be torn.
-        log.writelines(line for line in lines if line.endswith("}\n")
-                       and json.loads(line)["update"] <= first)
-        count = sum(p.numel() for p in model.parameters())
+        log = open_log(out / "log.jsonl", first)
+        board = tensorboard(out) if args.tensorboard else None
+        count = sum(p.numel() for p in parameters)
         print(f"{args.size}, {count / 1e6:.1f} M parameters, on {device} x {world}; {args.data}, "
-              f"{len(source)} clips of {args.seconds:g} s in an epoch; chance is what a blind guess "
-              "gets")
+              f"{len(source)} clips of {args.seconds:g} s in an epoch; "
+              + (f"goes on after update {first}" if checkpoint else
+                 f"no checkpoint in {out} yet: from the start" if args.resume else
+                 "chance is what a blind guess gets"))
     bar = tqdm(total=args.updates, initial=first, disable=rank > 0, unit=" updates", smoothing=0.05)
     began = last_time = time.time()
-    last_done = first
+    last_done, warned = first, None
     loader = batches(source, args.batch_size, args.updates, args.seed, first, rank, world,
                      args.workers, samples)
-    # Clips are padded to one length in all processes, so that all draw the same random numbers.
-    mine = slice(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)
-    for update, (waveform, lengths, _) in enumerate(loader, first):
+    for update, (waveform, lengths, numbers) in enumerate(loader, first):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(update, args.lr, args.warmup, args.updates)
         # Masks and distractors are drawn for the whole batch, whatever part of it is ours.
         generator = torch.Generator().manual_seed(seed_of(1, args.seed, update))
+        noise = torch.rand(model.noise_shape(args.batch_size, frame_count(waveform.shape[1])),
+                           generator=generator)[rank * share:(rank + 1) * share]
         torch.manual_seed(seed_of(2, args.seed, update, rank))          # dropout
-        log_mel = frontend(waveform.to(device, non_blocking=True))          # (B, T, 64)
-        noise = torch.rand(model.noise_shape(args.batch_size, log_mel.shape[1]),
-                           generator=generator)[mine]
-        with autocast(device, args.dtype):
-            result = wrapped(log_mel, padding_of(lengths, log_mel),
-                             noise.to(device, non_blocking=True))
-        total = result.count.clone()            # of all processes; the loss is the mean over these
-        if world > 1:
-            dist.all_reduce(total)
-        (result.loss * result.count / total.clamp(min=1) * world).backward()
-        gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        optimizer.step()
+        results = []
+        for i in range(0, share, micro):
+            part = slice(i, i + micro)
+            log_mel = frontend(waveform[part].to(device, non_blocking=True))        # (B, T, 64)
+            # Several processes add up their gradients in the last backward pass of an update.
+            with nullcontext() if world == 1 or i + micro == share else wrapped.no_sync():
+                with autocast(device, args.dtype):
+                    result = wrapped(log_mel, padding_of(lengths[part], log_mel),
+                                     noise[part].to(device, non_blocking=True))
+                (result.loss * result.count * world).backward()     # DDP takes the mean over processes
+            results.append(result)
+        # Means over all masked steps of the batch, of all parts and processes.
+        sums = add_up([signals.received, *total(results)], device, world)
+        received, figures = int(sums[0] / world), means(sums[1:])
+        for parameter in parameters:
+            parameter.grad /= max(figures["count"], 1)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
+        if np.isfinite([norm, figures["loss"]]).all():
+            optimizer.step()
+            in_a_row = 0
+            logged = {name: logged.get(name, 0) + value for name, value in dict(
+                figures, gradient_norm=norm, updates=1).items()}
+        else:
+            skipped, in_a_row = skipped + 1, in_a_row + 1
         optimizer.zero_grad()
 
         done = update + 1
         bar.update()
-        save = done % args.checkpoint_every == 0 or done == args.updates
-        if done % args.log_every == 0 or save:
-            figures = torch.stack([x.float() for x in result] + [gradient_norm])
-            if world > 1:
-                dist.all_reduce(figures)
-                figures /= world
-            figures = dict(zip((*result._fields, "gradient_norm"), figures.tolist()))
-            figures["count"] *= world       # these two are totals, the rest means of the processes
-            figures["dropped"] *= world
-            # Before saving: a gradient that is not finite ruins the weights at once, and a step that
-            # is too large shows in the weights before it shows in the loss.
-            weights = sum(p.detach().abs().sum() for p in model.parameters()).item()
-            if not np.isfinite([figures["loss"], figures["gradient_norm"], weights]).all():
-                bar.close()
-                raise InputError(f"loss, gradient or weights are not finite at update {done}: lower "
-                                 f"--lr, or look at the data. No checkpoint of it is in {out}")
+        if in_a_row == PATIENCE:
+            bar.close()
+            names = [source.name(int(n)) for n in numbers]
+            raise InputError(f"loss or gradient are not finite, now {PATIENCE} updates in a row, at update "
+                             f"{done}, in {offenders(model, frontend, waveform.to(device), lengths, noise.to(device), names)}"
+                             f": lower --lr, or look at these. What {out} holds is from before")
+        if done % args.log_every == 0 or done == args.updates:
             now = time.time()
-            speed = (done - last_done) * args.batch_size / (now - last_time)
-            last_time, last_done = now, done
+            speed, last_time, last_done = (done - last_done) * args.batch_size / (now - last_time), now, done
+            shown = {name: value / max(logged["updates"], 1) for name, value in logged.items() if name != "updates"}
+            logged = dict(updates=0)
+            if rank == 0 and shown:
+                line = dict(update=done, lr=optimizer.param_groups[0]["lr"], clips_per_second=round(speed, 1),
+                            skipped=skipped, **shown)
+                log.write(json.dumps(line) + "\n")
+                for name, value in line.items() if board else ():
+                    board.add_scalar(name, value, done)
+                bar.set_postfix_str(f"loss {shown['loss']:.2f} accuracy {shown['accuracy']:.2f} "
+                                    f"(chance {shown['chance']:.2f}) lr {line['lr']:.1e} {speed:.0f} clips/s")
+                if (warning := diagnosis(shown)) != warned and warning:
+                    bar.write(f"update {done}: {warning}", sys.stderr)
+                warned = warning
+        if done % args.checkpoint_every == 0 or done == args.updates or received:
+            if not np.isfinite(sum(p.detach().abs().sum().item() for p in parameters)):
+                bar.close()
+                raise InputError(f"weights are not finite at update {done}: lower --lr. What {out} holds is "
+                                 "from before")
             if rank == 0:
-                lr = optimizer.param_groups[0]["lr"]
-                log.write(json.dumps(dict(update=done, lr=lr, clips_per_second=round(speed, 1),
-                                          **figures)) + "\n")
-                bar.set_postfix_str(f"loss {figures['loss']:.2f} accuracy {figures['accuracy']:.2f} "
-                                    f"(chance {figures['chance']:.2f}) lr {lr:.1e} {speed:.0f} clips/s")
-        if rank == 0 and save:
-            save_checkpoint(out / "checkpoint.pt", model=model.state_dict(), update=done,
-                            frontend=frontend.state_dict(), optimizer=optimizer.state_dict(),
-                            settings=model.settings, args=vars(args))
+                save_checkpoint(out / "checkpoint.pt", model=model.state_dict(), update=done,
+                                frontend=frontend.state_dict(), optimizer=optimizer.state_dict(),
+                                skipped=skipped, logged=logged, settings=model.settings, args=vars(args))
+            if received and done < args.updates:
+                stop(received, bar, out / "checkpoint.pt", world)
     bar.close()
     if rank == 0:
         minutes = (time.time() - began) / 60
