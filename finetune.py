@@ -16,6 +16,7 @@ import json
 import os
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +33,8 @@ from conformer import Dropout
 from datasets import (LABELLED, InputError, Parser, batches, collate, download_esc50, in_range,
                       labelled)
 from frontend import SAMPLE_RATE, LogMel, frame_count
-from pretrain import (autocast, load_checkpoint, load_model, padding_of, save_checkpoint, seed_of,
-                      start)
+from pretrain import (PATIENCE, Signals, add_up, autocast, check_batch, load_checkpoint, load_model,
+                      padding_of, same_options, save_checkpoint, seed_of, start, stop)
 from wav2vec2 import SIZES, Wav2Vec2
 
 # For each metric its function, and, where classes without an answer are left out, that of each class.
@@ -62,6 +63,9 @@ RECIPES = {
     "magnatagatune": dict(updates=10_000, batch_size=64, lr=3e-4, head_dropout=0.3),
     "kinetics700": dict(updates=60_000, batch_size=256, lr=3e-4),
 }
+
+# What may be another when a run goes on.
+MAY_CHANGE = ("resume", "out", "root", "download", "device", "workers", "micro_batch", "checkpoint_every")
 
 
 def linear_softmax(probabilities, padding_mask=None):
@@ -153,7 +157,11 @@ def parse(argv=None):
     group = parser.add_argument_group("run")
     group.add_argument("--init", nargs="?", const="runs/pretrain", metavar="RUN", help="start from "
                        "this pre-training run (no name: runs/pretrain); without it, from scratch")
-    group.add_argument("--out", default="runs/finetune", help="folder of this run (%(default)s)")
+    group.add_argument("--out", help="folder of this run (runs/finetune; from scratch runs/scratch)")
+    group.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, on any "
+                       "number of processes; where there is none yet, start")
+    group.add_argument("--checkpoint-every", type=in_range(int, 1, 10**9), default=500, help="updates between "
+                       "two checkpoints: what a killed run loses at most (%(default)s)")
     group.add_argument("--seed", type=in_range(int, 0, 2**63 - 1), default=0, help="another seed starts "
                        "from another head, draws other clips (%(default)s)")
     group.add_argument("--device", choices=["cpu", "cuda", "mps"], help="(the best there is)")
@@ -202,6 +210,9 @@ def parse(argv=None):
     group.add_argument("--updates", type=in_range(int, 1, 10**9), help="(by data set)")
     group.add_argument("--batch-size", type=in_range(int, 1, 10**6), help="clips in an update, over all "
                        "processes; large sets like larger ones (16 to 640)")
+    group.add_argument("--micro-batch", type=in_range(int, 1, 10**6), help="clips that go through the model "
+                       "at once in a process; fewer need less memory and take longer, with the same result "
+                       "(all)")
     group.add_argument("--lr", type=in_range(float, 1e-12, 1e6), help="peak learning rate (3e-4 to 1e-3)")
     group.add_argument("--stages", type=share, nargs=3, default=(0.3, 0.3, 0.4),
                        metavar=("WARMUP", "HOLD", "DECAY"), help="shares of the updates (%(default)s)")
@@ -216,6 +227,7 @@ def parse(argv=None):
                        "(Sec. 4.2): augment each clip twice and pull the two predictions together; 0 "
                        "switches it off and halves the time (2; synth 0)")
     args = parser.parse_args(argv)
+    args.out = args.out or ("runs/finetune" if args.init is not None else "runs/scratch")
     for name, value in {**DEFAULTS, **RECIPES.get(args.data, {})}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -275,15 +287,15 @@ def gather(x, world):
 
 
 def augmented(waveform, lengths, frontend, args, generator, rank=0, world=1):
-    """Log-mels (V B, T, 64) and padding mask of a batch after the augmentations of Sec. 4.1.
+    """The versions of a batch that are trained on, each after the augmentations of Sec. 4.1: a list of
+    log-mels (B, T, 64), and their padding mask. With the consistency loss there are two versions.
 
-    waveform (B, S) is this process's share of a batch. With the consistency loss each clip comes in
-    V = 2 versions, all first ones before all second ones. The random numbers are drawn for the whole
+    waveform (B, S) is this process's share of a batch. The random numbers are drawn for the whole
     batch, whatever share of it is ours, and mixup's partners come from all of it.
     """
-    B, versions = len(waveform), 2 if args.consistency else 1
-    mine, log_mels, masks = slice(rank * B, (rank + 1) * B), [], []
-    for _ in range(versions):
+    B, versions = len(waveform), []
+    mine = slice(rank * B, (rank + 1) * B)
+    for _ in range(2 if args.consistency else 1):
         noise = torch.rand(world * B, 4, generator=generator)[mine].to(waveform.device)
         order = torch.randperm(world * B, generator=generator)[mine].to(waveform.device)
         version = augment.jitter(waveform, noise[:, 0]) if "jitter" in args.augment else waveform
@@ -294,9 +306,8 @@ def augmented(waveform, lengths, frontend, args, generator, rank=0, world=1):
         if "mixup" in args.augment:
             frames = frame_count(gather(lengths.to(waveform.device), world))[order]
             log_mel = augment.mixup(log_mel, gather(log_mel, world)[order], noise[:, 3], frames)
-        log_mels.append(log_mel)
-        masks.append(padding_mask)
-    return torch.cat(log_mels), None if masks[0] is None else torch.cat(masks)
+        versions.append(log_mel)
+    return versions, padding_mask
 
 
 @torch.no_grad()
@@ -331,10 +342,21 @@ def evaluate(model, frontend, data, args, device, rank, world):
         raise InputError(f"no {data.metric} on these {len(data)} clips: {error}") from None
 
 
-def train(model, frontend, data, valid, args, device, rank, world, label):
+def loss_of(logits, target, args):
+    """The loss of V versions of the same clips (Sec. 4.2): logits (V B, C), target (B, C) -> scalar."""
+    targets = target.repeat(len(logits) // len(target), 1)
+    if args.loss == "ce":
+        loss = F.cross_entropy(logits, targets.argmax(1))
+    else:
+        loss = F.binary_cross_entropy_with_logits(logits, targets)
+    return loss + args.consistency * consistency(*logits.chunk(2), args.loss) if args.consistency else loss
+
+
+def train(model, frontend, data, valid, args, device, rank, world, label, signals, save, state=None):
     """Fine-tune in place on a labelled set; `label` names the run in the progress bar.
 
     With validation clips the model ends with the weights that did best on them; returns their score.
+    `save(**content)` writes a checkpoint; `state`, one of these, is gone on from.
     """
     frontend.to(device)
     model.to(device).train()
@@ -342,44 +364,60 @@ def train(model, frontend, data, valid, args, device, rank, world, label):
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=args.weight_decay,
                                   fused=device.type != "mps")
+    first, best, best_weights, in_a_row = 0, None, None, 0
+    if state:
+        load_model(state, model, frontend)
+        optimizer.load_state_dict(state["optimizer"])
+        first, best, best_weights = state["update"], state["best"], state["best_weights"]
     samples = min(round(args.seconds * SAMPLE_RATE), int(data.lengths.max()))
-    loader = batches(data, args.batch_size, args.updates, args.seed, 0, rank, world, args.workers, samples,
+    share = args.batch_size // world
+    micro = min(args.micro_batch or share, share)
+    loader = batches(data, args.batch_size, args.updates, args.seed, first, rank, world, args.workers, samples,
                      data.members() if args.balance else None)
-    bar = tqdm(loader, label, disable=rank > 0, unit=" updates", leave=False)
-    best, best_weights = None, None
-    for update, (waveform, lengths, numbers) in enumerate(bar):
+    bar = tqdm(total=args.updates, initial=first, desc=label, disable=rank > 0, unit=" updates", leave=False)
+    for update, (waveform, lengths, numbers) in enumerate(loader, first):
         for group in optimizer.param_groups:
             group["lr"] = three_stages(update, args.updates, args.lr, args.stages)
         generator = torch.Generator().manual_seed(seed_of(1, args.seed, update))
         torch.manual_seed(seed_of(2, args.seed, update, rank))          # dropout
         with torch.no_grad():
-            log_mel, padding_mask = augmented(waveform.to(device), lengths, frontend, args, generator,
-                                              rank, world)
-        with autocast(device, args.dtype):
-            logits = wrapped(log_mel, padding_mask)             # (V B, C), both versions in one pass
-        target = torch.from_numpy(data.targets(numbers)).to(device)
-        target = target.repeat(len(logits) // len(target), 1)
-        if args.loss == "ce":
-            loss = F.cross_entropy(logits, target.argmax(1))
-        else:
-            loss = F.binary_cross_entropy_with_logits(logits, target)
-        if args.consistency:
-            loss = loss + args.consistency * consistency(*logits.chunk(2), args.loss)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+            versions, padding_mask = augmented(waveform.to(device), lengths, frontend, args, generator,
+                                               rank, world)
+        target, losses = torch.from_numpy(data.targets(numbers)).to(device), []
+        for i in range(0, share, micro):
+            part = slice(i, i + micro)
+            mask = None if padding_mask is None else padding_mask[part].repeat(len(versions), 1)
+            with nullcontext() if world == 1 or i + micro == share else wrapped.no_sync():
+                with autocast(device, args.dtype):              # (V B, C): both versions in one pass
+                    logits = wrapped(torch.cat([version[part] for version in versions]), mask)
+                loss = loss_of(logits, target[part], args) * micro / share
+                loss.backward()
+            losses.append(loss.detach())
+        received, loss = (value / world for value in add_up([signals.received, sum(losses)], device, world))
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
+        if np.isfinite([norm, loss]).all():
+            optimizer.step()
+        in_a_row = 0 if np.isfinite([norm, loss]).all() else in_a_row + 1
         optimizer.zero_grad()
-        last = update == args.updates - 1
-        if update % 10 == 0 or last:
-            bar.set_postfix_str(f"loss {loss.item():.3f}" + f" best {best or 0:.3f}" * (len(valid) > 0))
-            if not np.isfinite(loss.item()):
-                bar.close()
-                raise InputError(f"the loss is not finite at update {update}: lower --lr")
-        if len(valid) and (last or (update + 1) % max(1, args.updates // 20) == 0):
+        done = update + 1
+        bar.update()
+        bar.set_postfix_str(f"loss {loss:.3f}" + f" best {best or 0:.3f}" * (len(valid) > 0), refresh=False)
+        if in_a_row == PATIENCE:
+            bar.close()
+            raise InputError(f"the loss is not finite, now {PATIENCE} updates in a row, at update {done}, in "
+                             f"{', '.join(data.names[n] for n in numbers[:3])} ...: lower --lr")
+        if len(valid) and (done == args.updates or done % max(1, args.updates // 20) == 0):
             score, _ = evaluate(model, frontend, valid, args, device, rank, world)
             model.train()
             if best is None or score > best:
                 best, best_weights = score, copy.deepcopy(model.state_dict())
+        if done < args.updates and (received or done % args.checkpoint_every == 0):
+            if rank == 0:
+                save(model=model.state_dict(), frontend=frontend.state_dict(), update=done,
+                     optimizer=optimizer.state_dict(), best=best, best_weights=best_weights)
+            if received:
+                stop(int(received), bar, Path(args.out) / "checkpoint.pt", world)
+    bar.close()
     if best_weights:
         model.load_state_dict(best_weights)
     return best
@@ -387,9 +425,16 @@ def train(model, frontend, data, valid, args, device, rank, world, label):
 
 def main(args):
     device, rank, world = start(args.device)
-    if args.batch_size % world:
-        raise InputError(f"--batch-size {args.batch_size} does not divide by {world} processes")
-    checkpoint = load_checkpoint(args.init) if args.init is not None else None
+    signals = Signals()
+    check_batch(args, world)
+    init = load_checkpoint(args.init) if args.init is not None else None
+    out = Path(args.out)
+    state = dict(job=0, lines=[], update=0)
+    if args.resume and (out / "checkpoint.pt").exists():
+        state = load_checkpoint(out, "finetune.py", ("job", "lines"))
+        same_options(out, state["args"], args, [name for name in vars(args) if name not in MAY_CHANGE])
+    elif (out / "checkpoint.pt").exists():
+        raise InputError(f"{out} holds a run already: go on with --resume, or name another --out")
     if args.download:
         if rank == 0:
             download_esc50(args.root)
@@ -409,43 +454,51 @@ def main(args):
         folds = folds[:1]
     if args.no_test and not args.validate and not (data.splits == "valid").any():
         raise InputError("--no-test needs validation clips: give --validate too")
-    out = Path(args.out)
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        results = open(out / "results.jsonl", "a", buffering=1)
     say(f"on {device} x {world}; " + (f"from {args.init}" if args.init else
                                       f"{args.size or 'tiny'} from scratch"))
-    for fraction in args.fraction:
-        scores = []
-        for fold in folds:
-            name = f"fold{fold}" if fold else "model"
-            training, valid, test = split(data, fold, fraction, args)
-            training.seconds = args.seconds
-            model, frontend = build(args, len(data.classes), checkpoint)
-            if not checkpoint:
-                some = np.linspace(0, len(training) - 1, min(len(training), 512)).astype(int)
-                frontend.measure(collate([(training.waveform(i), 0)])[:2] for i in some)
-            began = time.time()
-            best = train(model, frontend, training, valid, args, device, rank, world, name)
-            tested = valid if args.no_test else test
-            score, counted = (evaluate(model, frontend, tested, args, device, rank, world)
-                              if tested is test else (best, None))
-            scores.append(score)
-            if rank == 0:
-                line = dict(fold=fold, fraction=fraction, metric=data.metric, score=score, valid=best,
-                            classes=counted, train=training.fingerprint(), test=tested.fingerprint(),
-                            minutes=round((time.time() - began) / 60, 2), args=vars(args))
+    lines = state["lines"]
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    jobs = [(fraction, fold) for fraction in args.fraction for fold in folds]
+    for job, (fraction, fold) in enumerate(jobs):
+        if job < state["job"]:
+            continue
+        name = f"fold{fold}" if fold else "model"
+        training, valid, test = split(data, fold, fraction, args)
+        training.seconds = args.seconds
+        model, frontend = build(args, len(data.classes), init)
+        if not init:
+            some = np.linspace(0, len(training) - 1, min(len(training), 512)).astype(int)
+            frontend.measure(collate([(training.waveform(i), 0)])[:2] for i in some)
+        save = functools.partial(save_checkpoint, out / "checkpoint.pt", args=vars(args), lines=lines)
+        began = time.time()
+        best = train(model, frontend, training, valid, args, device, rank, world, name, signals,
+                     functools.partial(save, job=job), state if state["update"] else None)
+        state = dict(job=job, update=0)
+        tested = valid if args.no_test else test
+        score, counted = (evaluate(model, frontend, tested, args, device, rank, world)
+                          if tested is test else (best, None))
+        line = dict(fold=fold, fraction=fraction, metric=data.metric, score=score, valid=best,
+                    classes=counted, train=training.fingerprint(), test=tested.fingerprint(),
+                    minutes=round((time.time() - began) / 60, 2), args=vars(args))
+        lines.append(line)
+        say(f"{name}: {'validation ' * args.no_test}{data.metric} {score:.3f} on {len(tested)} clips"
+            + f" over {counted} classes" * (counted is not None) + f", after {len(training)} clips x "
+            f"{args.updates * args.batch_size / len(training):.0f} epochs, {line['minutes']:.1f} min\n"
+            f"    trained on {line['train']}\n    tested on {line['test']}")
+        if rank == 0:
+            save_checkpoint(out / f"{name}_fraction{fraction:g}.pt", model=model.state_dict(),
+                            frontend=frontend.state_dict(), settings=model.encoder.settings,
+                            classes=data.classes, head=args.head, args=vars(args))
+            with open(out / "results.jsonl", "a") as results:
                 results.write(json.dumps(line) + "\n")
-                say(f"{name}: {'validation ' * args.no_test}{data.metric} {score:.3f} on {len(tested)} clips"
-                    + f" over {counted} classes" * (counted is not None) + f", after {len(training)} clips x "
-                    f"{args.updates * args.batch_size / len(training):.0f} epochs, {line['minutes']:.1f} min\n"
-                    f"    trained on {line['train']}\n    tested on {line['test']}")
-                save_checkpoint(out / f"{name}_fraction{fraction:g}.pt", model=model.state_dict(),
-                                frontend=frontend.state_dict(), settings=model.encoder.settings,
-                                classes=data.classes, head=args.head, args=vars(args))
-        if len(folds) > 1:
+            save(job=job + 1, update=0, model={})
+        if fold == folds[-1] and len(folds) > 1:
+            scores = [line["score"] for line in lines[-len(folds):]]
             say(f"fraction {fraction:g}: mean {data.metric} over {len(folds)} folds "
                 f"{np.mean(scores):.3f} (standard deviation {np.std(scores):.3f})")
+    say(f"done: {out / 'results.jsonl'}")
     if world > 1:
         dist.destroy_process_group()
 

@@ -75,6 +75,24 @@ def start(device=None):
     return torch.device(device), rank, world
 
 
+def check_batch(args, world):
+    """Raise InputError where the batch can't be shared out."""
+    share = args.batch_size // world
+    if args.batch_size % world:
+        raise InputError(f"--batch-size {args.batch_size} does not divide by {world} processes")
+    if share % min(args.micro_batch or share, share):
+        raise InputError(f"--micro-batch {args.micro_batch} does not divide the {share} clips of a batch that "
+                         "are a process's")
+
+
+def same_options(out, before, args, names):
+    """Raise InputError where a run that goes on got other options than before."""
+    for name in names:
+        if before.get(name) != getattr(args, name):
+            raise InputError(f"{out} was trained with --{name.replace('_', '-')} {before.get(name)}, not "
+                             f"{getattr(args, name)}: give the same options to --resume, or name another --out")
+
+
 class Signals:
     """Ctrl-C and SIGTERM end a run after the update in progress; a second one at once.
 
@@ -313,11 +331,9 @@ def offenders(model, frontend, waveform, lengths, noise, names):
 def main(args):
     device, rank, world = start(args.device)
     signals = Signals()
-    share = args.batch_size // world
+    check_batch(args, world)
+    share = args.batch_size // world                # of the batch, that is this process's
     micro = min(args.micro_batch or share, share)
-    if args.batch_size % world or share % micro:
-        raise InputError(f"--batch-size {args.batch_size} does not divide by {world} processes"
-                         + f" and --micro-batch {micro}" * (args.batch_size % world == 0))
     out = Path(args.out)
     checkpoint = None
     if args.resume and (out / "checkpoint.pt").exists():
@@ -344,11 +360,7 @@ def main(args):
     source = open_source(args.data, args.seconds)
     first, skipped, in_a_row, logged = 0, 0, 0, dict(updates=0)
     if checkpoint:
-        for name in SAME_ON_RESUME:
-            if checkpoint["args"].get(name) != getattr(args, name):
-                raise InputError(f"{out} was trained with --{name.replace('_', '-')} "
-                                 f"{checkpoint['args'].get(name)}, not {getattr(args, name)}: give the "
-                                 "same options to --resume, or name another --out")
+        same_options(out, checkpoint["args"], args, SAME_ON_RESUME)
         load_model(checkpoint, model, frontend)
         optimizer.load_state_dict(checkpoint["optimizer"])
         first, skipped, logged = checkpoint["update"], checkpoint["skipped"], checkpoint["logged"]
