@@ -444,7 +444,7 @@ def main(args):
     data = labelled(args.data, args.root, max(1, os.cpu_count() // world), say)
     if args.loss == "ce" and any(len(own) != 1 for own in data.labels):
         raise InputError(f"--loss ce is for one label a clip; in {args.data} some have more or none: use bce")
-    folds = sorted(set(data.splits) - {"0"}) if all(name.isdigit() for name in set(data.splits)) else [None]
+    folds = sorted(map(str, set(data.splits) - {"0"})) if all(name.isdigit() for name in set(data.splits)) else [None]
     if args.fold is not None and args.fold != "all":
         if args.fold not in folds:
             raise InputError(f"--fold {args.fold}: {args.data} has " + (

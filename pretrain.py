@@ -114,8 +114,9 @@ def stop(received, bar, path, world):
     """Say how to go on after a signal, and exit as the shell reports that signal."""
     if world > 1:
         dist.barrier()          # the process that writes the checkpoint has done so
+    shown = not bar.disable     # in one process only
     bar.close()
-    if not bar.disable:
+    if shown:
         sys.stderr.write(f"stopped by signal {received}; {path} is written: --resume goes on from there\n")
     sys.exit(128 + received)
 
@@ -320,12 +321,14 @@ def means(sums):
 
 
 def offenders(model, frontend, waveform, lengths, noise, names):
-    """Those of a batch's clips whose loss is not finite; all where it is the model that is broken."""
-    model.eval()
+    """Those of a batch's clips whose loss is not finite, in words."""
+    bad = []
     with torch.no_grad():
-        bad = [name for i, name in enumerate(names) if not model(
-            frontend(waveform[i:i + 1, :lengths[i]]), noise=noise[i:i + 1]).loss.isfinite()]
-    return f"all {len(bad)} clips of the batch" if len(bad) == len(names) else ", ".join(bad) or "none alone"
+        for i, name in enumerate(names):
+            log_mel = frontend(waveform[i:i + 1])
+            if not model(log_mel, padding_of(lengths[i:i + 1], log_mel), noise[i:i + 1]).loss.isfinite():
+                bad.append(name)
+    return "all clips" if len(bad) == len(names) else ", ".join(bad) or "no clip by itself"
 
 
 def main(args):
@@ -425,10 +428,11 @@ def main(args):
         bar.update()
         if in_a_row == PATIENCE:
             bar.close()
-            names = [source.name(int(n)) for n in numbers]
+            bad = offenders(model, frontend, waveform.to(device), lengths, noise.to(device),
+                            [source.name(int(n)) for n in numbers])
             raise InputError(f"loss or gradient are not finite, now {PATIENCE} updates in a row, at update "
-                             f"{done}, in {offenders(model, frontend, waveform.to(device), lengths, noise.to(device), names)}"
-                             f": lower --lr, or look at these. What {out} holds is from before")
+                             f"{done}; of its batch, {bad}: look at these, or lower --lr. The last good "
+                             f"checkpoint, if there was one, is in {out}")
         if done % args.log_every == 0 or done == args.updates:
             now = time.time()
             speed, last_time, last_done = (done - last_done) * args.batch_size / (now - last_time), now, done
