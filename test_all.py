@@ -40,6 +40,9 @@ SMALL = dict(width=16, blocks=2, heads=2, ffn=32, latent=16)     # a model for t
 SMALL_OPTIONS = [x for name, value in SMALL.items() for x in (f"--{name}", str(value))]
 
 
+soak = pytest.mark.skipif("SOAK" not in os.environ, reason="takes long; SOAK=1 pytest -k soak -s")
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
@@ -565,6 +568,103 @@ def test_pack_keeps_every_good_file_and_lists_the_bad(tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("shard*")}
     write_wav(tmp_path / "in" / "new.wav")
     assert "other recordings" in run(*again, code=2)
+
+
+def test_a_killed_pack_goes_on(tmp_path):
+    """Killed after each of its files in turn, it ends with the same bytes as one never disturbed."""
+    for i in range(6):
+        write_wav(tmp_path / "in" / f"{i}.wav", 0.5 + 0.4 * i, frequency=200 * (i + 1))
+    (tmp_path / "in" / "2b.wav").write_text("no audio")
+    options = ["pack", tmp_path / "in", "--shard-hours", 0.001]
+    run("datasets.py", *options[:2], tmp_path / "whole", *options[2:])
+    for after in (2, 5, 7):
+        patch = f"""
+decode, count = datasets._decode, []
+def killed(path):
+    count.append(path)
+    if len(count) == {after}: os.kill(os.getpid(), signal.SIGKILL)
+    return decode(path)
+datasets._decode = killed
+datasets.main()"""
+        run_patched(patch, "datasets.py", *options[:2], tmp_path / "out", *options[2:], code=-signal.SIGKILL)
+        with pytest.raises(InputError, match="not all of it yet"):
+            datasets.open_source([tmp_path / "out"], 1.0)
+    done = list((tmp_path / "out").glob("*.json"))
+    assert len(done) == 1                                       # the second shard was still under way
+    run("datasets.py", *options[:2], tmp_path / "out", *options[2:])
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
+
+
+def test_silence_is_left_out_unless_asked_for(tmp_path):
+    write_wav(tmp_path / "in" / "a.wav", 2)
+    soundfile.write(tmp_path / "in" / "zeros.wav", np.zeros(32_000), 16_000)
+    soundfile.write(tmp_path / "in" / "hum.wav", 0.0009 * np.sin(np.arange(32_000) / 9), 16_000)
+    printed = run("datasets.py", "pack", tmp_path / "in", tmp_path / "out")
+    assert "1 recordings" in printed and "2 skipped, 2 of them silent" in printed
+    assert "3 recordings" in run("datasets.py", "pack", tmp_path / "in", tmp_path / "all", "--keep-silent")
+
+
+def test_several_packs_are_one_source(tmp_path):
+    for i, lengths in enumerate(([2, 0.5, 3], [4, 5])):
+        for k, seconds in enumerate(lengths):
+            write_wav(tmp_path / f"in{i}" / f"{k}.wav", seconds, frequency=100 * (1 + 3 * i + k))
+        files = datasets.audio_files(tmp_path / f"in{i}")
+        datasets.pack(files, [path.name for path in files], tmp_path / f"out{i}")
+    source = datasets.open_source([tmp_path / "out0", tmp_path / "out1"], 60.0)
+    assert [Path(source.name(i)).name for i in range(len(source))] == ["0.wav", "2.wav", "0.wav", "1.wav"]
+    for i, path in enumerate(["in0/0.wav", "in0/2.wav", "in1/0.wav", "in1/1.wav"]):
+        expected = datasets.to_int16(datasets.read_audio(tmp_path / path))
+        assert np.array_equal(source.clip(i, np.random.default_rng(0)), expected)
+
+
+@soak
+def test_soak_five_hundred_corrupted_files(tmp_path):
+    """Good recordings in seven formats, some of them damaged in one of a dozen ways: pack ends, every
+    untouched file is in it, and what it took of the others is finite sound."""
+    random, damaged = np.random.default_rng(0), set()
+    ways = [lambda b: b[:random.integers(1, len(b))], lambda b: b"", lambda b: b[random.integers(1, 60):],
+            lambda b: random.bytes(len(b)), lambda b: random.bytes(100) + b, lambda b: b[:44],
+            lambda b: b[:12] + random.bytes(32) + b[44:], lambda b: b[:-1], lambda b: bytes(len(b)),
+            lambda b: b[:500] + random.bytes(500) + b[1000:], lambda b: b[:len(b) // 2] * 2,
+            lambda b: b.replace(b"data", b"atad"), lambda b: b"<html>" + b]
+    for i in range(600):
+        path = tmp_path / "in" / f"{i:03}{['.wav', '.flac', '.ogg', '.mp3', '.aiff', '.w64', '.au'][i % 7]}"
+        write_wav(path, 1.5, 16_000, frequency=200 + i)
+        if i % 6:
+            path.write_bytes(ways[i % len(ways)](path.read_bytes()))
+            damaged.add(path.name)
+    print(run("datasets.py", "pack", tmp_path / "in", tmp_path / "out"))
+    names = (tmp_path / "out" / "names.txt").read_text().split()
+    assert len(damaged) == 500 and not {f"{i:03}" for i in range(0, 600, 6)} - {name[:3] for name in names}
+    shards = datasets.Shards(tmp_path / "out")
+    for name, waveform in zip(names, shards):
+        if name not in damaged:
+            expected = datasets.to_int16(datasets.read_audio(tmp_path / "in" / name))
+            assert np.array_equal(waveform, expected)
+
+
+def anonymous_memory():
+    """MB of this process that are its own: not of files that are mapped, which the system may drop."""
+    return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+@soak
+@pytest.mark.parametrize("workers", [0, 2])
+def test_soak_reading_is_fast_and_memory_flat(tmp_path, workers):
+    """20,000 batches of eight 10 s crops out of an hour of sound."""
+    noise = np.random.default_rng(0).integers(-9000, 9000, 60 * 16_000).astype(np.int16)
+    for i in range(60):
+        soundfile.write(tmp_path / f"{i}.wav", np.roll(noise, i), 16_000)
+    files = datasets.audio_files(tmp_path)
+    datasets.pack(files, [path.name for path in files], tmp_path / "out")
+    source = datasets.open_source([tmp_path / "out"], 10.0)
+    memory, began = [], time.time()
+    for n, _ in enumerate(datasets.batches(source, 8, 20_000, 0, workers=workers, samples=160_000)):
+        if n % 4000 == 1999:
+            memory.append(anonymous_memory())
+    print(f"{160_000 / (time.time() - began):.0f} clips a second, MB at 2,000, 6,000 ... batches: {memory}")
+    assert max(memory) - memory[0] < 10
 
 
 @pytest.mark.parametrize("kind", [datasets.Packed, datasets.Folder])
@@ -1311,9 +1411,6 @@ def test_killed_fine_tuning_goes_on_as_if_nothing_had_been(pretrained, tmp_path)
     options = ["--data", "esc50", "--root", tmp_path / "data", "--init", pretrained[1], "--fold", "all", "--fraction",
                1, 0.5, "--updates", 8, "--batch-size", 6, "--checkpoint-every", 3, "--validate"]
     kill_and_resume("finetune.py", options, tmp_path / "whole", tmp_path / "killed", 1)
-
-
-soak = pytest.mark.skipif("SOAK" not in os.environ, reason="takes long; SOAK=1 pytest -k soak")
 
 
 @soak
