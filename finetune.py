@@ -12,6 +12,7 @@ In the run's folder: a checkpoint for each fold and fraction, and a line of JSON
 import argparse
 import copy
 import functools
+import itertools
 import json
 import os
 import sys
@@ -33,7 +34,7 @@ from conformer import Dropout
 from datasets import (LABELLED, InputError, Parser, batches, collate, download_esc50, in_range,
                       labelled)
 from frontend import SAMPLE_RATE, LogMel, frame_count
-from pretrain import (PATIENCE, Signals, add_up, autocast, check_batch, load_checkpoint, load_model,
+from pretrain import (PATIENCE, Signals, add_up, autocast, benchmark, check_batch, load_checkpoint, load_model,
                       padding_of, same_options, save_checkpoint, seed_of, start, stop)
 from wav2vec2 import SIZES, Wav2Vec2
 
@@ -166,6 +167,10 @@ def parse(argv=None):
                        "from another head, draws other clips (%(default)s)")
     group.add_argument("--device", choices=["cpu", "cuda", "mps"], help="(the best there is)")
     group.add_argument("--dtype", choices=["fp32", "bf16"], help="(bf16 on CUDA, else fp32)")
+    group.add_argument("--compile", action="store_true", help="compile the model with torch.compile: faster "
+                       "after a minute or more of compiling (needs a C++ compiler)")
+    group.add_argument("--benchmark", nargs="?", type=in_range(int, 1, 10**9), const=10, metavar="N",
+                       help="train nothing: time N updates (%(const)s) and print where the time goes")
     group.add_argument("--workers", type=in_range(int, 0, 1024), default=0,
                        help="processes that read the clips: from memory or, of packed sets, from disk, "
                        "which a GPU may be too fast for (%(default)s)")
@@ -423,6 +428,29 @@ def train(model, frontend, data, valid, args, device, rank, world, label, signal
     return best
 
 
+def time_updates(model, frontend, data, args, device):
+    """`benchmark` of fine-tuning, with the augmentations and both versions of each clip."""
+    frontend.to(device)
+    optimizer = torch.optim.AdamW(model.to(device).train().parameters(), fused=device.type != "mps")
+    samples = min(round(args.seconds * SAMPLE_RATE), int(data.lengths.max()))
+    target = torch.randint(2, (args.batch_size, len(data.classes)), device=device).float()
+
+    def prepare(waveform, lengths):
+        versions, padding_mask = augmented(waveform, lengths, frontend, args, torch.Generator().manual_seed(0))
+        return torch.cat(versions), None if padding_mask is None else padding_mask.repeat(len(versions), 1)
+
+    def loss(log_mel, padding_mask):
+        with autocast(device, args.dtype):
+            logits = model(log_mel, padding_mask)
+        return loss_of(logits, target, args)
+
+    waveform = torch.randint(-9000, 9000, (args.batch_size, samples), dtype=torch.int16, device=device)
+    resident = itertools.repeat((waveform, torch.full((args.batch_size,), samples), None))
+    real = batches(data, args.batch_size, args.benchmark + 4, args.seed, workers=args.workers, samples=samples)
+    benchmark(model, optimizer, prepare, loss, {"resident data": resident, "real input": real},
+              samples / SAMPLE_RATE, args, device)
+
+
 def main(args):
     device, rank, world = start(args.device)
     signals = Signals()
@@ -471,6 +499,10 @@ def main(args):
         if not init:
             some = np.linspace(0, len(training) - 1, min(len(training), 512)).astype(int)
             frontend.measure(collate([(training.waveform(i), 0)])[:2] for i in some)
+        if args.compile:
+            model.compile()         # in place: the names of the weights stay the same
+        if args.benchmark:
+            return time_updates(model, frontend, training, args, device)
         save = functools.partial(save_checkpoint, out / "checkpoint.pt", args=vars(args), lines=lines)
         began = time.time()
         best = train(model, frontend, training, valid, args, device, rank, world, name, signals,

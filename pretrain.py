@@ -18,6 +18,7 @@ on another number of GPUs, is the same run.
 """
 import argparse
 import functools
+import itertools
 import json
 import os
 import pickle
@@ -32,6 +33,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from datasets import InputError, Parser, batches, in_range, open_source, write_whole
@@ -194,6 +196,86 @@ def autocast(device, dtype):
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
 
 
+def peak_memory():
+    """Most bytes of memory that this process ever had; 0 on Windows, which does not say."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Stopwatch:
+    """Seconds that the phases of an update take."""
+
+    def __init__(self, device):
+        self.device, self.laps, self.last = device, {}, None
+
+    def lap(self, name=None):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()        # a GPU is only told what to do, not waited for
+        now = time.perf_counter()
+        if name:
+            self.laps.setdefault(name, []).append(now - self.last)
+        self.last = now
+
+    def medians(self):
+        return {name: float(np.median(laps)) for name, laps in self.laps.items()}
+
+
+def benchmark(model, optimizer, prepare, loss_of, sources, seconds, args, device):
+    """Time updates, phase by phase, and print a table: medians of args.benchmark updates after three
+    that don't count. prepare(waveform, lengths) gives the arguments of loss_of; `sources` are batches by
+    their names; seconds of sound are in a clip."""
+    dtype = torch.bfloat16 if (args.dtype or ("bf16" if device.type == "cuda" else "fp32")) == "bf16" else torch.float32
+    size = 8192 if device.type == "cuda" else 2048
+    square, watch = torch.randn(size, size, device=device, dtype=dtype), Stopwatch(device)
+    for repeat in range(8):
+        watch.lap("wait" if repeat > 3 else None)
+        square @ square
+        watch.lap("product" if repeat > 2 else None)
+    peak = 2 * size**3 / watch.medians()["product"]
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{name}; {str(dtype)[6:]}; compile {'on' if args.compile else 'off'}; torch {torch.__version__}, Python "
+          f"{sys.version.split()[0]}; a matrix product of {size} reaches {peak / 1e12:.3f} TFLOP/s")
+    rows = []
+    for source, loader in sources.items():
+        watch, flops = Stopwatch(device), None
+        for repeat, (waveform, lengths, _) in zip(range(args.benchmark + 4), loader):
+            if watch.last:
+                watch.lap("waiting for data")
+            waveform = waveform.to(device, non_blocking=True)
+            inputs = prepare(waveform, lengths)
+            watch.lap("frontend" if watch.last else None)
+            if repeat == 0:                                     # counted once; compiled code can't be
+                with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
+                    loss_of(*inputs).backward()
+                flops = counter.get_total_flops()
+            else:
+                loss = loss_of(*inputs)
+                watch.lap("forward")
+                loss.backward()
+                watch.lap("backward")
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                watch.lap("optimiser")
+            if repeat == 3:
+                watch.laps.clear()
+            watch.lap()
+        phases = watch.medians()
+        update = sum(phases.values())
+        memory = (torch.cuda.max_memory_allocated() if device.type == "cuda" else
+                  peak_memory())
+        rows.append({"": source, "clips/s": f"{len(waveform) / update:.1f}",
+                     "hours/hour": f"{len(waveform) * seconds / update:.0f}",
+                     "TFLOP/s": f"{flops / update / 1e12:.3f}", "of the product's": f"{flops / update / peak:.0%}",
+                     **{f"{name}, ms": f"{value * 1000:.1f}" for name, value in phases.items()},
+                     "memory, GB": f"{memory / 1e9:.2f}"})
+    for name in rows[0]:
+        print(f"{name:20}", *(f"{row[name]:>16}" for row in rows))
+
+
 # ------------------------------------------------------------------------------------- pre-training
 
 
@@ -222,6 +304,10 @@ def parse(argv=None):
     group.add_argument("--workers", type=in_range(int, 0, 1024),
                        help="processes that read data (one a core, up to 8, "
                        "with a GPU; none without: the training takes the cores)")
+    group.add_argument("--compile", action="store_true", help="compile the model with torch.compile: faster "
+                       "after a minute or more of compiling (needs a C++ compiler)")
+    group.add_argument("--benchmark", nargs="?", type=count, const=10, metavar="N", help="train nothing: time N "
+                       "updates (%(const)s) and print where the time goes")
     group.add_argument("--log-every", type=count, default=10,
                        help="updates between two lines of the "
                        "log (%(default)s)")
@@ -362,6 +448,24 @@ def main(args):
                          "masked: make it longer, or --span, --mask or --stack smaller")
     source = open_source(args.data, args.seconds)
     first, skipped, in_a_row, logged = 0, 0, 0, dict(updates=0)
+    if args.compile:
+        model.compile()         # in place: the names of the weights stay the same
+    if args.benchmark:
+        noise = torch.rand(model.noise_shape(args.batch_size, frame_count(samples)), device=device)
+
+        def prepare(waveform, lengths):
+            log_mel = frontend(waveform)
+            return log_mel, padding_of(lengths, log_mel)
+
+        def loss_of(log_mel, padding_mask):
+            with autocast(device, args.dtype):
+                return model(log_mel, padding_mask, noise).loss
+
+        waveform = torch.randint(-9000, 9000, (args.batch_size, samples), dtype=torch.int16, device=device)
+        resident = itertools.repeat((waveform, torch.full((args.batch_size,), samples), None))
+        real = batches(source, args.batch_size, args.benchmark + 4, args.seed, workers=args.workers, samples=samples)
+        return benchmark(model.train(), optimizer, prepare, loss_of, {"resident data": resident, "real input": real},
+                         args.seconds, args, device)
     if checkpoint:
         same_options(out, checkpoint["args"], args, SAME_ON_RESUME)
         load_model(checkpoint, model, frontend)

@@ -346,10 +346,10 @@ def test_span_mask_hides_three_tenths_in_spans():
 def test_distractors_are_other_masked_steps_of_the_clip():
     mask = torch.arange(40) < torch.tensor([30, 7, 2])[:, None]
     mask = mask[:, torch.randperm(40)]
-    steps, valid = wav2vec2.masked_steps(mask)
+    steps, valid = wav2vec2.masked_steps(mask, 0.75, 3)
     for row, (step, ok) in zip(mask, zip(steps, valid)):
         assert step[ok].tolist() == row.nonzero()[:, 0].tolist()
-    distractors = wav2vec2.sample_distractors(torch.rand(3, 30, 2000), valid)
+    distractors = wav2vec2.sample_distractors(torch.rand(3, valid.shape[1], 2000), valid)
     for i, count in enumerate([30, 7, 2]):
         for m in range(count):
             drawn = distractors[i, m]
@@ -1546,6 +1546,30 @@ def test_tensorboard_is_asked_for_in_a_line(pretrained, tmp_path):
     patch = "sys.modules['torch.utils.tensorboard'] = None"
     message = run_patched(patch, "pretrain.py", *pretrained[0], "--out", tmp_path / "run", "--tensorboard", code=2)
     assert "pip install tensorboard" in message
+
+
+@pytest.mark.parametrize("script", ["pretrain.py", "finetune.py"])
+def test_benchmark_prints_where_the_time_goes(pretrained, tmp_path, script):
+    options = pretrained[0]
+    if script == "finetune.py":
+        write_esc50(tmp_path)
+        options = ["--data", "esc10", "--root", tmp_path, "--batch-size", 2]
+    printed = run(script, *options, "--benchmark", 2, "--out", tmp_path / "run")
+    rows = dict(re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in printed.splitlines()[-10:])
+    assert {"clips/s", "waiting for data, ms", "frontend, ms", "forward, ms", "backward, ms", "optimiser, ms"} <= set(rows)
+    clips, hours = (float(rows[name].split()[0]) for name in ("clips/s", "hours/hour"))
+    seconds = 2 if script == "pretrain.py" else 1               # of a clip
+    assert hours == pytest.approx(clips * seconds, rel=0.05, abs=1) and not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+@soak
+def test_soak_compiled_training_is_the_same(pretrained, tmp_path):
+    options = [*pretrained[0], "--dropout", 0]
+    for i, extra in enumerate(([], ["--compile"])):
+        run("pretrain.py", *options, *extra, "--out", tmp_path / str(i))
+    one, other = (pretrain.load_checkpoint(tmp_path / str(i))["model"] for i in range(2))
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("split", ["two processes", "four processes", "passes of one clip"])

@@ -111,12 +111,15 @@ def span_mask(noise, share, span, padding_mask=None):
     return rank < torch.minimum(wanted, lengths)
 
 
-def masked_steps(mask):
+def masked_steps(mask, share, span):
     """Positions of the masked steps, in order: mask (B, L) -> steps (B, M), valid (B, M).
 
-    M is the largest count of the batch; clips with fewer are filled up, valid is False there.
+    M is the largest number that `span_mask` masks of L steps, known without looking at the mask, so
+    that a GPU need not be waited for. Clips with fewer are filled up, valid is False there.
     """
-    steps = mask.int().argsort(dim=1, descending=True, stable=True)[:, :int(mask.sum(1).max())]
+    L = mask.shape[1]
+    M = min(L, max(int(share * L) + 1, span + 1))
+    steps = mask.int().argsort(dim=1, descending=True, stable=True)[:, :M]
     return steps, mask.gather(1, steps)
 
 
@@ -234,7 +237,7 @@ class Wav2Vec2(nn.Module):
         masked_z = torch.where(mask[:, :, None], self.mask_embedding.to(z.dtype), z)
         context = self.conformer(self.input(masked_z), padding_mask)            # (B, L, D)
 
-        steps, valid = masked_steps(mask)                                       # (B, M)
+        steps, valid = masked_steps(mask, s["mask"], s["span"])                 # (B, M)
         index = steps[:, :, None]
         targets = z.gather(1, index.expand(-1, -1, z.shape[2]))         # from z, not from masked_z
         context = self.output(context.gather(1, index.expand(-1, -1, context.shape[2])))
