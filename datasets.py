@@ -510,8 +510,8 @@ def open_source(data, seconds):
         return Folder(data[0], seconds)
     for folder in data:
         if not (Path(folder) / "index.npy").exists():
-            raise InputError(f"{folder}: holds no packed audio, or not all of it yet: python datasets.py pack "
-                             "makes it, or goes on where it was interrupted")
+            raise InputError(f"{folder}: holds no packed audio, or not all of it yet: `python datasets.py "
+                             "pack` makes it, or goes on where it was interrupted")
     return Packed(data, seconds)
 
 
@@ -800,7 +800,8 @@ def synth(train=1000, test=500):
     """Synthetic clips with the kinds of event in them as labels."""
     kinds = list(KINDS)
     jobs = [("train", i) for i in range(train)] + [("test", i) for i in range(test)]
-    made = [synth_clip(i, split) for split, i in tqdm(jobs, "synth", unit=" clips", leave=False, disable=None)]
+    made = [synth_clip(i, split) for split, i in
+            tqdm(jobs, "synth", unit=" clips", leave=False, disable=None)]
     labels = [tuple({kinds.index(event[0]) for event in events}) for _, events in made]
     waveforms = [waveform for waveform, _ in made]
     return Labelled(waveforms, [len(w) for w in waveforms], labels, kinds,
@@ -811,7 +812,8 @@ def read_tables(data, root):
     """A labelled set before its audio: clips, their files (None where missing), classes, metric."""
     reader, metric = LABELLED[data]
     if root is None:
-        raise InputError(f"--data {data} needs --root, the {'table' if data == 'csv' else 'folder where it lies'}")
+        place = "table" if data == "csv" else "folder where it lies"
+        raise InputError(f"--data {data} needs --root, the {place}")
     tree = None if data == "csv" else Tree(root)
     clips, classes = reader(root if data == "csv" else tree)
     classes = classes or sorted({label for clip in clips for label in clip.labels})
@@ -854,12 +856,12 @@ def labelled(data, root=None, workers=None, say=print):
             kept.append(clip)
             samples += len(waveform)
             if samples > IN_MEMORY * 3600 * SAMPLE_RATE:
-                raise InputError(f"{root}: more than {IN_MEMORY} hours, too much to decode in each run: first "
-                                 f"python datasets.py pack {root} OUT --data {data}, then --root OUT")
+                raise InputError(f"{root}: more than {IN_MEMORY} hours, too much to decode in each run: "
+                                 f"first python datasets.py pack {root} OUT --data {data}, then --root OUT")
         number = {name: c for c, name in enumerate(classes)}
-        result = Labelled(waveforms, [len(w) for w in waveforms], [tuple(number[label] for label in clip.labels)
-                          for clip in kept], classes, [clip.name for clip in kept],
-                          [clip.split for clip in kept], metric)
+        result = Labelled(waveforms, [len(w) for w in waveforms],
+                          [tuple(number[label] for label in clip.labels) for clip in kept], classes,
+                          [clip.name for clip in kept], [clip.split for clip in kept], metric)
     say(f"{data}: {len(result)} clips, {len(result.classes)} classes, "
         f"{result.lengths.sum() / SAMPLE_RATE / 3600:.2f} hours; {missing} missing, {len(reasons)} unreadable"
         + f" ({'; '.join(reasons[:3])}{'; ...' * (len(reasons) > 3)})" * bool(reasons))
@@ -909,9 +911,9 @@ def download(url, path):
         part.unlink()
         return download(url, path)
     except (OSError, http.client.HTTPException) as error:
-        raise InputError(f"{url}: {error or type(error).__name__}; the same command goes on from here") from None
+        raise InputError(f"{url}: {error or type(error).__name__}; run it again to go on") from None
     if total is not None and size != total:
-        raise InputError(f"{url}: broke off after {size} of {total} bytes; the same command goes on from here")
+        raise InputError(f"{url}: broke off after {size} of {total} bytes; run it again to go on")
     os.replace(part, path)
 
 
@@ -931,8 +933,8 @@ def download_esc50(root):
         archive.unlink()
         raise InputError(f"{archive}: damaged ({error}), and deleted; run the same command again") from None
     if md5 != ESC50_MD5:
-        raise InputError(f"{Tree(root).table('esc50.csv')}: is not the official table (its MD5 is {md5}, not "
-                         f"{ESC50_MD5}); delete {root} and run the same command again")
+        raise InputError(f"{Tree(root).table('esc50.csv')}: is not the official table (its MD5 is {md5}, "
+                         f"not {ESC50_MD5}); delete {root} and run the same command again")
     archive.unlink()
 
 

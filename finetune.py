@@ -6,7 +6,9 @@ The labels of the synthetic sounds, from what `python pretrain.py` learned, and 
 ESC-50 or ESC-10, all five folds, from your own pre-training, with all labels and a third:
     python finetune.py --data esc50 --root /my/ESC-50 --init runs/mine --fold all
     python finetune.py --data esc10 --root /my/ESC-50 --init runs/mine --fold all --fraction 0.333
-Several GPUs: `torchrun --nproc_per_node=8 finetune.py ...`.
+Several GPUs: `torchrun --nproc_per_node=8 finetune.py ...`. Then use it:
+    python finetune.py --predict dog.wav rain.mp3 --init runs/finetune
+    python finetune.py --embed dog.wav rain.mp3 --init runs/finetune --out embeddings.npy
 In the run's folder: a checkpoint for each fold and fraction, and a line of JSON in results.jsonl.
 """
 import argparse
@@ -32,10 +34,10 @@ import augment
 import metrics
 from conformer import Dropout
 from datasets import (LABELLED, InputError, Parser, batches, collate, download_esc50, in_range,
-                      labelled)
-from frontend import SAMPLE_RATE, LogMel, frame_count
-from pretrain import (PATIENCE, Signals, add_up, autocast, benchmark, check_batch, load_checkpoint, load_model,
-                      padding_of, same_options, save_checkpoint, seed_of, start, stop)
+                      labelled, open_audio, read_audio)
+from frontend import HOP, SAMPLE_RATE, LogMel, frame_count
+from pretrain import (PATIENCE, Signals, add_up, autocast, benchmark, check_batch, load_checkpoint,
+                      load_model, padding_of, same_options, save_checkpoint, seed_of, start, stop)
 from wav2vec2 import SIZES, Wav2Vec2
 
 # For each metric its function, and, where classes without an answer are left out, that of each class.
@@ -175,6 +177,18 @@ def parse(argv=None):
                        help="processes that read the clips: from memory or, of packed sets, from disk, "
                        "which a GPU may be too fast for (%(default)s)")
 
+    group = parser.add_argument_group("use a fine-tuned model")
+    group.add_argument("--predict", nargs="+", metavar="SOUND", help="print what is heard in recordings of any "
+                       "length by the model --init (a run's folder, or a .pt in it): the five most probable "
+                       "classes and, for models with the head 'frames', when each is heard")
+    group.add_argument("--embed", nargs="+", metavar="SOUND", help="write embeddings by --init, which may be "
+                       "pre-trained only, to --out: .npy with a row for each recording")
+    group.add_argument("--frames", action="store_true", help="with --embed: a row for each 80 ms; --out is .npz")
+    group.add_argument("--threshold", type=in_range(float, 0, 1), default=0.5, help="with --predict: of frame "
+                       "probabilities; a lower one finds more events, and more that are none (%(default)s)")
+    group.add_argument("--json", action="store_true", help="with --predict: a line of JSON for each recording, "
+                       "with all classes")
+
     group = parser.add_argument_group("data")
     group.add_argument("--data", choices=LABELLED, default="synth", help="the labelled set: synth is made "
                        "on the fly; 'folder' are your own sounds, a sub-folder a class; 'csv' is a table of "
@@ -232,6 +246,8 @@ def parse(argv=None):
                        "(Sec. 4.2): augment each clip twice and pull the two predictions together; 0 "
                        "switches it off and halves the time (2; synth 0)")
     args = parser.parse_args(argv)
+    if args.embed and not args.out:
+        raise InputError("--embed needs --out, the .npy file to write")
     args.out = args.out or ("runs/finetune" if args.init is not None else "runs/scratch")
     for name, value in {**DEFAULTS, **RECIPES.get(args.data, {})}.items():
         if getattr(args, name) is None:
@@ -274,8 +290,8 @@ def split(data, fold, fraction, args):
             valid = np.flatnonzero(splits == following)
         training = np.setdiff1d(training, valid)
     if len(training) == 0 or len(test) == 0:
-        raise InputError(f"{args.data}: {f'fold {fold}' if fold else 'its splits'} give {len(training)} clips "
-                         f"to train on and {len(test)} to test on; is the table of the data set whole?")
+        raise InputError(f"{args.data}: {f'fold {fold}' if fold else 'its splits'} give {len(training)} "
+                         f"clips to train on and {len(test)} to test on; is the set's table whole?")
     training = data.subset(training)
     if fraction < 1:
         training = training.fraction(fraction, args.seed)
@@ -324,7 +340,8 @@ def predict(model, frontend, data, args, device, rank=0, world=1, batch_size=32)
     model.eval()
     scores = torch.zeros(len(data), len(data.classes))
     by_length = np.argsort(data.lengths, kind="stable")[rank::world]
-    for i in tqdm(range(0, len(by_length), batch_size), "evaluate", leave=False, disable=True if rank else None):
+    for i in tqdm(range(0, len(by_length), batch_size), "evaluate", leave=False,
+                  disable=True if rank else None):
         waveform, lengths, numbers = collate([(data.waveform(n), n) for n in by_length[i:i + batch_size]])
         log_mel = frontend(waveform.to(device))
         with autocast(device, args.dtype):
@@ -339,7 +356,8 @@ def predict(model, frontend, data, args, device, rank=0, world=1, batch_size=32)
 
 def evaluate(model, frontend, data, args, device, rank, world):
     """The data set's metric, and how many classes it is the mean of (None: it is of clips)."""
-    logits, targets = predict(model, frontend, data, args, device, rank, world), data.targets(range(len(data)))
+    logits = predict(model, frontend, data, args, device, rank, world)
+    targets = data.targets(range(len(data)))
     metric, by_class = METRICS[data.metric]
     try:
         return metric(logits, targets), by_class and int(np.isfinite(by_class(logits, targets)).sum())
@@ -377,8 +395,8 @@ def train(model, frontend, data, valid, args, device, rank, world, label, signal
     samples = min(round(args.seconds * SAMPLE_RATE), int(data.lengths.max()))
     share = args.batch_size // world
     micro = min(args.micro_batch or share, share)
-    loader = batches(data, args.batch_size, args.updates, args.seed, first, rank, world, args.workers, samples,
-                     data.members() if args.balance else None)
+    loader = batches(data, args.batch_size, args.updates, args.seed, first, rank, world, args.workers,
+                     samples, data.members() if args.balance else None)
     bar = tqdm(total=args.updates, initial=first, desc=label, disable=rank > 0, unit=" updates", leave=False)
     for update, (waveform, lengths, numbers) in enumerate(loader, first):
         for group in optimizer.param_groups:
@@ -428,6 +446,94 @@ def train(model, frontend, data, valid, args, device, rank, world, label, signal
     return best
 
 
+def load(run, device="cpu"):
+    """A fine-tuned model to use: (Classifier in evaluation mode, frontend, names of the classes).
+
+    run: the folder of a run of finetune.py, or one of the .pt files in it. Of a run of pretrain.py it gives
+    (Wav2Vec2, frontend, []), good for embeddings. Raises InputError where it is none of these.
+    """
+    path = Path(run)
+    if path.is_dir() and not (path / "log.jsonl").exists():
+        models = sorted(path.glob("*_fraction*.pt"))
+        if len(models) != 1:
+            raise InputError(f"{run}: holds {len(models)} fine-tuned models"
+                             + f"; name one: {', '.join(map(str, models))}" * bool(models))
+        path = models[0]
+    content = load_checkpoint(path, "finetune.py or pretrain.py", ("settings", "frontend"))
+    classes, frontend = content.get("classes", []), LogMel()
+    encoder = Wav2Vec2(**content["settings"])
+    model = Classifier(encoder, len(classes), content["head"]) if classes else encoder
+    load_model(content, model, frontend)
+    return model.to(device).eval(), frontend.to(device), classes
+
+
+@torch.no_grad()
+def listen(path, model, frontend, window=60.0):
+    """Hear a recording of any length, a minute at a time: yields the embeddings (L, D) of each window."""
+    with open_audio(path) as file:
+        seconds = file.frames / file.samplerate
+    encoder, device = getattr(model, "encoder", model), frontend.mean.device
+    starts = np.arange(0, max(seconds - 0.05, 0.01), window)        # no last window of next to nothing
+    for start in tqdm(starts, Path(path).name, unit=" min", leave=False,
+                      disable=None if len(starts) > 2 else True):
+        last = start == starts[-1]
+        waveform = torch.from_numpy(read_audio(path, start, None if last else window)).to(device)
+        yield encoder.encode(frontend(waveform[None]))[0][0]
+
+
+def embed(path, model, frontend, frames=False):
+    """Embeddings of a recording: their mean over time (D,), or all (L, D), 12.5 a second at R = 4."""
+    x = torch.cat(list(listen(path, model, frontend)))
+    return (x if frames else x.mean(0)).cpu().numpy()
+
+
+@torch.no_grad()
+def tag(path, model, frontend, classes, threshold=0.5):
+    """What is heard in a recording: {class: probability}, the most probable first, and, if the head gives
+    frame probabilities, the events: (onset, offset, class) in seconds, where they exceed `threshold`."""
+    x = torch.cat(list(listen(path, model, frontend)))[None]
+    if model.head == "mean":
+        probabilities, events = model.linear(x.mean(1)).sigmoid()[0], None
+    else:
+        frames = model.linear(x).sigmoid()
+        probabilities, events = linear_softmax(frames)[0], []
+        step = model.encoder.settings["stack"] * HOP / SAMPLE_RATE          # seconds of a latent
+        sounding = F.pad((frames[0] > threshold).int(), (0, 0, 1, 1)).diff(dim=0).cpu()   # (L + 1, C)
+        for c, name in enumerate(classes):
+            onsets, offsets = (sounding[:, c] == 1).nonzero(), (sounding[:, c] == -1).nonzero()
+            events += [(round(int(on) * step, 2), round(int(off) * step, 2), name)
+                       for on, off in zip(onsets, offsets)]
+        events.sort()
+    order = probabilities.argsort(descending=True).tolist()
+    return {classes[c]: round(probabilities[c].item(), 4) for c in order}, events
+
+
+def use(args):
+    """--predict and --embed."""
+    device, _, _ = start(args.device)
+    model, frontend, classes = load(args.init or "runs/finetune", device)
+    if args.embed:
+        arrays = {sound: embed(sound, model, frontend, args.frames) for sound in args.embed}
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        with open(args.out, "wb") as file:
+            if args.frames:
+                np.savez(file, **arrays)
+            else:
+                np.save(file, np.stack(list(arrays.values())))
+        print(f"{args.out}: {'(L, D)' if args.frames else 'a row'} for each of {len(arrays)} sounds")
+        return
+    if not classes:
+        raise InputError(f"{args.init}: is pre-trained only and knows no classes: fine-tune it first")
+    for sound in args.predict:
+        probabilities, events = tag(sound, model, frontend, classes, args.threshold)
+        if args.json:
+            print(json.dumps(dict(file=sound, probabilities=probabilities, events=events)), flush=True)
+            continue
+        print(sound, *(f"{value:8.3f}  {name}" for name, value in list(probabilities.items())[:5]), sep="\n")
+        for onset, offset, name in events or ():
+            print(f"{onset:8.2f} to {offset:7.2f} s  {name}")
+
+
 def time_updates(model, frontend, data, args, device):
     """`benchmark` of fine-tuning, with the augmentations and both versions of each clip."""
     frontend.to(device)
@@ -436,7 +542,8 @@ def time_updates(model, frontend, data, args, device):
     target = torch.randint(2, (args.batch_size, len(data.classes)), device=device).float()
 
     def prepare(waveform, lengths):
-        versions, padding_mask = augmented(waveform, lengths, frontend, args, torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        versions, padding_mask = augmented(waveform, lengths, frontend, args, generator)
         return torch.cat(versions), None if padding_mask is None else padding_mask.repeat(len(versions), 1)
 
     def loss(log_mel, padding_mask):
@@ -446,7 +553,8 @@ def time_updates(model, frontend, data, args, device):
 
     waveform = torch.randint(-9000, 9000, (args.batch_size, samples), dtype=torch.int16, device=device)
     resident = itertools.repeat((waveform, torch.full((args.batch_size,), samples), None))
-    real = batches(data, args.batch_size, args.benchmark + 4, args.seed, workers=args.workers, samples=samples)
+    real = batches(data, args.batch_size, args.benchmark + 4, args.seed, workers=args.workers,
+                   samples=samples)
     benchmark(model, optimizer, prepare, loss, {"resident data": resident, "real input": real},
               samples / SAMPLE_RATE, args, device)
 
@@ -472,7 +580,9 @@ def main(args):
     data = labelled(args.data, args.root, max(1, os.cpu_count() // world), say)
     if args.loss == "ce" and any(len(own) != 1 for own in data.labels):
         raise InputError(f"--loss ce is for one label a clip; in {args.data} some have more or none: use bce")
-    folds = sorted(map(str, set(data.splits) - {"0"})) if all(name.isdigit() for name in set(data.splits)) else [None]
+    folds = sorted(set(data.splits.tolist()) - {"0"})
+    if not all(name.isdigit() for name in folds):
+        folds = [None]          # train, valid and test
     if args.fold is not None and args.fold != "all":
         if args.fold not in folds:
             raise InputError(f"--fold {args.fold}: {args.data} has " + (
@@ -537,7 +647,8 @@ def main(args):
 
 if __name__ == "__main__":
     try:
-        main(parse())
+        args = parse()
+        use(args) if args.predict or args.embed else main(args)
     except (InputError, OSError) as error:
         sys.stderr.write(f"finetune.py: {error}\n")
         sys.exit(2)

@@ -83,16 +83,17 @@ def check_batch(args, world):
     if args.batch_size % world:
         raise InputError(f"--batch-size {args.batch_size} does not divide by {world} processes")
     if share % min(args.micro_batch or share, share):
-        raise InputError(f"--micro-batch {args.micro_batch} does not divide the {share} clips of a batch that "
-                         "are a process's")
+        raise InputError(f"--micro-batch {args.micro_batch} does not divide the {share} clips of a batch "
+                         "that are a process's")
 
 
 def same_options(out, before, args, names):
     """Raise InputError where a run that goes on got other options than before."""
     for name in names:
         if before.get(name) != getattr(args, name):
-            raise InputError(f"{out} was trained with --{name.replace('_', '-')} {before.get(name)}, not "
-                             f"{getattr(args, name)}: give the same options to --resume, or name another --out")
+            raise InputError(f"{out} was trained with --{name.replace('_', '-')} {before.get(name)}, "
+                             f"not {getattr(args, name)}: give the same options to --resume, or name "
+                             "another --out")
 
 
 class Signals:
@@ -158,7 +159,7 @@ def load_checkpoint(run, script="pretrain.py", keys=("settings", "frontend")):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError):
         raise InputError(f"{path}: not a checkpoint, or damaged; use another") from None
-    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= {"model", "update", "args", *keys}:
+    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= {"model", "args", *keys}:
         raise InputError(f"{path}: not from {script}; name the folder of such a run")
     return checkpoint
 
@@ -190,10 +191,14 @@ def padding_of(lengths, log_mel):
     return steps >= frames.to(log_mel.device)[:, None]
 
 
+def in_bf16(device, dtype):
+    """Whether to compute in bfloat16: by --dtype, else on CUDA only."""
+    return (dtype or ("bf16" if device.type == "cuda" else "fp32")) == "bf16"
+
+
 def autocast(device, dtype):
-    """Context for the model's forward pass: --dtype, or bfloat16 on CUDA and float32 elsewhere."""
-    dtype = dtype or ("bf16" if device.type == "cuda" else "fp32")
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
+    """Context for the model's forward pass, by `in_bf16`."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(device, dtype))
 
 
 def peak_memory():
@@ -227,7 +232,7 @@ def benchmark(model, optimizer, prepare, loss_of, sources, seconds, args, device
     """Time updates, phase by phase, and print a table: medians of args.benchmark updates after three
     that don't count. prepare(waveform, lengths) gives the arguments of loss_of; `sources` are batches by
     their names; seconds of sound are in a clip."""
-    dtype = torch.bfloat16 if (args.dtype or ("bf16" if device.type == "cuda" else "fp32")) == "bf16" else torch.float32
+    dtype = torch.bfloat16 if in_bf16(device, args.dtype) else torch.float32
     size = 8192 if device.type == "cuda" else 2048
     square, watch = torch.randn(size, size, device=device, dtype=dtype), Stopwatch(device)
     for repeat in range(8):
@@ -235,9 +240,10 @@ def benchmark(model, optimizer, prepare, loss_of, sources, seconds, args, device
         square @ square
         watch.lap("product" if repeat > 2 else None)
     peak = 2 * size**3 / watch.medians()["product"]
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}; {str(dtype)[6:]}; compile {'on' if args.compile else 'off'}; torch {torch.__version__}, Python "
-          f"{sys.version.split()[0]}; a matrix product of {size} reaches {peak / 1e12:.3f} TFLOP/s")
+    print(torch.cuda.get_device_name() if device.type == "cuda" else
+          f"{device.type}, {torch.get_num_threads()} threads", dtype,
+          f"compile {'on' if args.compile else 'off'}", f"torch {torch.__version__}", f"Python {sys.version.split()[0]}",
+          f"a matrix product of {size} reaches {peak / 1e12:.3f} TFLOP/s", sep="; ")
     rows = []
     for source, loader in sources.items():
         watch, flops = Stopwatch(device), None
@@ -269,7 +275,8 @@ def benchmark(model, optimizer, prepare, loss_of, sources, seconds, args, device
                   peak_memory())
         rows.append({"": source, "clips/s": f"{len(waveform) / update:.1f}",
                      "hours/hour": f"{len(waveform) * seconds / update:.0f}",
-                     "TFLOP/s": f"{flops / update / 1e12:.3f}", "of the product's": f"{flops / update / peak:.0%}",
+                     "TFLOP/s": f"{flops / update / 1e12:.3f}",
+                     "of the product's": f"{flops / update / peak:.0%}",
                      **{f"{name}, ms": f"{value * 1000:.1f}" for name, value in phases.items()},
                      "memory, GB": f"{memory / 1e9:.2f}"})
     for name in rows[0]:
@@ -306,8 +313,8 @@ def parse(argv=None):
                        "with a GPU; none without: the training takes the cores)")
     group.add_argument("--compile", action="store_true", help="compile the model with torch.compile: faster "
                        "after a minute or more of compiling (needs a C++ compiler)")
-    group.add_argument("--benchmark", nargs="?", type=count, const=10, metavar="N", help="train nothing: time N "
-                       "updates (%(const)s) and print where the time goes")
+    group.add_argument("--benchmark", nargs="?", type=count, const=10, metavar="N",
+                       help="train nothing: time N updates (%(const)s) and print where the time goes")
     group.add_argument("--log-every", type=count, default=10,
                        help="updates between two lines of the "
                        "log (%(default)s)")
@@ -463,9 +470,10 @@ def main(args):
 
         waveform = torch.randint(-9000, 9000, (args.batch_size, samples), dtype=torch.int16, device=device)
         resident = itertools.repeat((waveform, torch.full((args.batch_size,), samples), None))
-        real = batches(source, args.batch_size, args.benchmark + 4, args.seed, workers=args.workers, samples=samples)
-        return benchmark(model.train(), optimizer, prepare, loss_of, {"resident data": resident, "real input": real},
-                         args.seconds, args, device)
+        real = batches(source, args.batch_size, args.benchmark + 4, args.seed, workers=args.workers,
+                       samples=samples)
+        return benchmark(model.train(), optimizer, prepare, loss_of,
+                         {"resident data": resident, "real input": real}, args.seconds, args, device)
     if checkpoint:
         same_options(out, checkpoint["args"], args, SAME_ON_RESUME)
         load_model(checkpoint, model, frontend)
@@ -540,8 +548,8 @@ def main(args):
         if done % args.log_every == 0 or done == args.updates:
             now = time.time()
             speed, last_time, last_done = (done - last_done) * args.batch_size / (now - last_time), now, done
-            shown = {name: value / max(logged["updates"], 1) for name, value in logged.items() if name != "updates"}
-            logged = dict(updates=0)
+            averaged = logged.pop("updates")
+            shown, logged = {name: value / averaged for name, value in logged.items()}, dict(updates=0)
             if rank == 0 and shown:
                 line = dict(update=done, lr=optimizer.param_groups[0]["lr"], clips_per_second=round(speed, 1),
                             skipped=skipped, **shown)

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -24,8 +25,10 @@ import soundfile
 import torch
 
 import augment
+import conformer
 import datasets
 import finetune
+import frontend
 import metrics
 import pretrain
 import wav2vec2
@@ -1681,6 +1684,69 @@ def test_two_processes_fine_tune_as_one(tmp_path):
         torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=1e-4)
 
 
+@pytest.fixture(scope="module")
+def finetuned(pretrained, tmp_path_factory):
+    """A fine-tuned run with the head that gives frame probabilities."""
+    folder = tmp_path_factory.mktemp("finetuned")
+    write_esc50(folder / "data")
+    run("finetune.py", "--data", "esc50", "--root", folder / "data", "--init", pretrained[1], "--head", "frames",
+        "--updates", 20, "--batch-size", 6, "--lr", 3e-3, "--augment", "--consistency", 0, "--out", folder / "run")
+    return folder / "run"
+
+
+def test_predict_says_what_the_model_says(finetuned, tmp_path):
+    for name, seconds in (("short.wav", 0.1), ("middle.flac", 3), ("long.mp3", 130)):
+        write_wav(tmp_path / name, seconds, 22_050, frequency=900)
+    sounds = [tmp_path / name for name in ("short.wav", "middle.flac", "long.mp3")]
+    printed = run("finetune.py", "--predict", *sounds, "--init", finetuned, "--json", "--threshold", 0.3)
+    short, middle, long = map(json.loads, printed.splitlines())
+    model, frontend, classes = finetune.load(finetuned)
+    with torch.no_grad():
+        wave = torch.from_numpy(datasets.read_audio(sounds[1]))
+        frames, _ = model.frame_logits(frontend(wave[None]))
+        expected = model(frontend(wave[None])).sigmoid()[0]
+    for name, value in zip(classes, expected.tolist()):
+        assert middle["probabilities"][name] == pytest.approx(value, abs=1e-4)
+    heard = torch.zeros(frames.shape[1:], dtype=torch.bool)
+    for onset, offset, name in middle["events"]:
+        heard[round(onset / 0.08):round(offset / 0.08), classes.index(name)] = True
+    assert torch.equal(heard, frames[0].sigmoid() > 0.3) and heard.any()
+    assert len(short["probabilities"]) == 3 and max(offset for _, offset, _ in long["events"]) > 125
+    assert "middle.flac" in run("finetune.py", "--predict", sounds[1], "--init", finetuned / "fold1_fraction1.pt")
+
+
+def test_embeddings_of_any_run(finetuned, pretrained, tmp_path):
+    for i in range(2):
+        write_wav(tmp_path / f"{i}.wav", 1 + 70 * i, frequency=300 + 400 * i)
+    sounds = [tmp_path / f"{i}.wav" for i in range(2)]
+    for start in (finetuned, pretrained[1]):
+        run("finetune.py", "--embed", *sounds, "--init", start, "--out", tmp_path / "clips.npy")
+        run("finetune.py", "--embed", *sounds, "--init", start, "--frames", "--out", tmp_path / "frames.npz")
+        clips, frames = np.load(tmp_path / "clips.npy"), np.load(tmp_path / "frames.npz")
+        assert clips.shape == (2, 16) and [len(frames[str(sound)]) for sound in sounds] == [13, 750 + 138]
+        np.testing.assert_allclose(clips[1], frames[str(sounds[1])].mean(0), atol=1e-5)
+        model, frontend, _ = finetune.load(start)
+        wave = torch.from_numpy(datasets.read_audio(sounds[0]))
+        with torch.no_grad():
+            expected = getattr(model, "encoder", model).encode(frontend(wave[None]))[0][0]
+        np.testing.assert_allclose(frames[str(sounds[0])], expected, atol=1e-5)
+
+
+def test_the_readme_points_at_code_for_all_of_the_paper():
+    """Its table names what exists, and leaves no section, equation, table or figure out."""
+    rows = re.findall(r"^\| ((?:Sec|Fig)\..*?) \| (.*?) \|$", (HERE / "README.md").read_text(), re.M)
+    for _, places in rows:
+        for module, path in re.findall(r"`(\w+)\.([\w.]+)`", places):
+            found = sys.modules[module]
+            for name in path.split("."):
+                found = getattr(found, name)
+    text = " ".join(place for place, _ in rows)
+    for place in ("Sec. 2.1", "Sec. 2.2", "Sec. 2.3", "Sec. 3.1", "Sec. 3.2", "Sec. 4 ", "Sec. 4.1", "Sec. 4.2",
+                  "Sec. 4.3", "Sec. 5.1.1", "Sec. 5.1.2", "Sec. 5.1.3", "Sec. 5.2", "Eq. 1", "Eq. 2", "Fig. 1a",
+                  "Fig. 1b", "Fig. 1c", "Fig. 2a", "2b", "2c", "Table 1", "Table 2", "Table 3"):
+        assert place in text, place
+
+
 class Evil:
     """Unpickling this would run code."""
 
@@ -1711,13 +1777,17 @@ class Evil:
     ("finetune.py", ["--data", "csv", "--root", "GOOD", "--fold", "2"], "no folds"),
     ("finetune.py", ["--data", "csv", "--root", "GOOD", "--no-test"], "--validate"),
     ("finetune.py", ["--download"], "--download"),
+    ("finetune.py", ["--predict", "a.wav", "--init", "nowhere"], "nowhere"),
+    ("finetune.py", ["--predict", "a.wav", "--init", "EMPTY"], "0 fine-tuned models"),
+    ("finetune.py", ["--embed", "a.wav"], "--out"),
     ("finetune.py", ["--data", "csv", "--root", "GOOD", "--loss", "ce"], "--loss ce"),
     ("finetune.py", ["--data", "esc50", "--root", "EMPTY"], "esc50.csv"),
     ("finetune.py", ["--fraction", "1.5"], "--fraction"),
     ("finetune.py", ["--stages", "1", "1", "1"], "--stages"),
     ("datasets.py", ["pack", "nowhere", "out"], "nowhere"),
     ("datasets.py", ["pack", "EMPTY", "out"], "no recordings")])
-def test_bad_input_gets_one_line_and_exit_code_2(tmp_path, script, options, word):
+def test_bad_input_gets_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, script, options, word):
+    """The scripts run within this process, which spares the start of forty more."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.pt").write_text("no checkpoint")
     torch.save(dict(model=Evil()), tmp_path / "evil.pt")
@@ -1727,8 +1797,15 @@ def test_bad_input_gets_one_line_and_exit_code_2(tmp_path, script, options, word
     (tmp_path / "table.csv").write_text("file,labels,split\na.wav,a,train\na.wav,b,tset\n")
     for placeholder, name in dict(TABLE="table.csv", GOOD="good.csv", EMPTY="empty", TEXT="text.pt", EVIL="evil.pt", OTHER="other.pt").items():
         options = [option.replace(placeholder, name) for option in options]
-    message = run(script, *options, code=2, cwd=tmp_path)
-    assert word in message and message.count("\n") == 1, message
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(HERE / script), *options])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(HERE / script), run_name="__main__")
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    message = capsys.readouterr().err
+    assert end.value.code == 2 and word in message and message.count("\n") == 1, message
     assert not (tmp_path / "code_ran").exists()
 
 
