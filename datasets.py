@@ -97,7 +97,7 @@ def read_audio(path, start=0.0, seconds=None):
     as the format tells) or not finite.
     """
     with open_audio(path) as file:
-        rate, endless = file.samplerate, file.frames > 2**40    # a streamed FLAC: length unknown
+        rate = file.samplerate
         parts, left = [], file.frames
         try:
             if start > 0:
@@ -109,7 +109,7 @@ def read_audio(path, start=0.0, seconds=None):
         except soundfile.LibsndfileError as error:
             raise InputError(f"{path}: not readable as audio ({error.error_string})") from None
         promised = [int(size) for size in PROMISED.findall(file.extra_info)]
-        if (left > 0 and not endless or NO_END in file.extra_info
+        if (left > 0 or NO_END in file.extra_info
                 or any(size < 2**31 - 1 for size in promised)):
             raise InputError(f"{path}: cut off before its end; get it again")
     if not parts:
@@ -129,8 +129,8 @@ def audio_files(folder):
     """All recordings below a folder, sorted, as paths. Raises InputError where there are none."""
     if not Path(folder).is_dir():
         raise InputError(f"{folder}: no such folder")
-    files = sorted(path for path in Path(folder).rglob("*")
-                   if path.suffix.lower() in AUDIO and not path.is_dir())
+    files = sorted(Path(parent) / name for parent, _, names in os.walk(folder, followlinks=True)
+                   for name in names if os.path.splitext(name)[1].lower() in AUDIO)
     if not files:
         raise InputError(f"{folder}: no recordings in it ({' '.join(AUDIO)})")
     return files
@@ -152,14 +152,20 @@ def _decode(path):
         return f"not readable ({type(error).__name__}: {error})"
 
 
+def _one_core():
+    """At the start of a worker: as many of them as cores, so a core each; Ctrl-C is for their parent."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def decoded(files, workers=None, label="decode", done=0):
     """Decode recordings on all cores, with a progress bar: yields (path, waveform or reason) in order.
 
-    `files` may hold None for a recording that is missing. `done` is how many were before these.
+    `done` is how many were before these.
     """
     bar = tqdm(total=done + len(files), initial=done, desc=label, unit=" files", leave=False, disable=None)
     workers = min(workers or os.cpu_count(), len(files) // 64)      # a new process costs seconds
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) if workers > 1 else None
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _one_core) if workers > 1 else None
     with bar, pool or contextlib.nullcontext():
         for block in range(0, len(files), 1024):            # so that few results wait in memory
             paths = files[block:block + 1024]
@@ -201,8 +207,10 @@ def pack(files, names, out, shard_hours=5.0, workers=None, keep_silent=False):
     names = [name.replace("\n", "\\n").replace("\r", "\\r") for name in names]
     stamp = hashlib.sha256(f"{shard_hours} {keep_silent}".encode())
     for path, name in zip(files, names):
-        status = os.stat(path)
-        stamp.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode(errors="backslashreplace"))
+        with contextlib.suppress(OSError):      # a link to nowhere: its decoding says so
+            status = os.stat(path)
+            name += f" {status.st_size} {status.st_mtime_ns}"
+        stamp.update(f"{name}\n".encode(errors="backslashreplace"))
     out.mkdir(parents=True, exist_ok=True)
     source = out / "source.txt"
     if source.exists() and source.read_text() != stamp.hexdigest():
@@ -252,9 +260,9 @@ def pack(files, names, out, shard_hours=5.0, workers=None, keep_silent=False):
     return kept, skipped
 
 
-@functools.lru_cache(maxsize=None)
+@functools.lru_cache(maxsize=256)
 def _memory_map(path):
-    """A shard's samples, mapped into memory once a process."""
+    """A shard's samples, mapped into memory. Each map keeps a file open, so not all are kept."""
     return np.memmap(path, "<i2", "r")
 
 
@@ -269,10 +277,10 @@ class Shards:
         try:
             self.index = np.load(self.folder / "index.npy", mmap_mode="r")
             self.lengths = self.index["length"]
-            ends = self.index["start"] + self.lengths
+            ends = np.zeros(self.index["shard"].max() + 1, np.int64)        # of the shards, in samples
+            np.maximum.at(ends, self.index["shard"], self.index["start"] + self.lengths)
             whole = self.index["start"].min() >= 0 and all(
-                2 * ends[self.index["shard"] == shard].max() <= os.path.getsize(self.path(shard))
-                for shard in np.unique(self.index["shard"]))
+                2 * end <= os.path.getsize(self.path(shard)) for shard, end in enumerate(ends) if end)
         except (ValueError, IndexError, EOFError, OSError):
             whole = False
         if not whole:
@@ -609,7 +617,8 @@ def esc50(tree, esc10=False):
 
 
 def fsdkaggle2019(tree, parts):
-    """FSDKaggle2019 (Fonseca et al. 2019) as Zenodo or Kaggle has it. parts: "curated", "noisy"."""
+    """FSDKaggle2019 (Fonseca et al. 2019) as Zenodo has it; train_curated.csv and train_noisy.csv of
+    Kaggle serve too, but the test labels only Zenodo has. parts: "curated", "noisy"."""
     clips = []
     for part in (*(f"train_{part}" for part in parts), "test"):
         for row in read_table(tree.table(f"{part}_post_competition.csv", f"{part}.csv"),
@@ -648,8 +657,10 @@ def kinetics700(tree):
     validation split is what is tested on."""
     clips = []
     for name, table in sorted(tree.tables.items()):
+        if not name.endswith(".csv"):
+            continue
         with open(table, encoding="utf-8", errors="replace") as file:
-            if not name.endswith(".csv") or not file.readline().startswith("label,youtube_id,time_start"):
+            if not file.readline().startswith("label,youtube_id,time_start"):
                 continue
         for row in read_table(table, ("label", "youtube_id", "time_start", "time_end", "split")):
             name, start, end = row["youtube_id"], row["time_start"], row["time_end"]
@@ -746,7 +757,7 @@ class Labelled:
 
     def waveform(self, i):
         """Clip i, whole, int16."""
-        return self.waveforms[self.rows[i]]
+        return np.array(self.waveforms[self.rows[i]])       # torch warns of arrays that are read-only
 
     def clip(self, i, rng):
         """Clip i for training: a random crop of what is longer than `seconds`."""
@@ -776,10 +787,10 @@ class Labelled:
         priority = np.random.default_rng(seed).permutation(len(self))       # of each clip
         rarest = np.array([min(own, key=lambda c: len(members[c]), default=-1) for own in self.labels])
         keep = set()
-        for c, clips in enumerate(members):
+        for c, clips in enumerate([*members, np.flatnonzero(rarest == -1)]):      # and those without labels
             clips = clips[np.argsort(priority[clips])]
-            keep.update(clips[:1])
-            own = clips[rarest[clips] == c]
+            keep.update(clips[:c < len(members)])
+            own = clips[rarest[clips] == (c if c < len(members) else -1)]
             keep.update(own[:round(fraction * len(own))])
         return self.subset(np.array(sorted(keep)))
 
@@ -792,7 +803,7 @@ class Labelled:
         some = np.linspace(0, len(self) - 1, min(len(self), 200)).astype(int)
         some = some[np.argsort([self.names[i] for i in some])]
         frontend = LogMel()
-        values = torch.cat([frontend(torch.from_numpy(np.array(self.waveform(i)))[None])[0] for i in some])
+        values = torch.cat([frontend(torch.from_numpy(self.waveform(i))[None])[0] for i in some])
         return f"{len(self)} clips {digest} log-mel {values.mean():.3f} +- {values.std():.3f}"
 
 
@@ -1023,8 +1034,7 @@ def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("pack", help="decode a folder of recordings into int16 shards")
-    command.add_argument("folder", help="recordings, in sub-folders too: " + " ".join(AUDIO)
-                         + "; links to folders are not followed")
+    command.add_argument("folder", help="recordings, in sub-folders too: " + " ".join(AUDIO))
     command.add_argument("out", help="folder to write; 115 MB an hour. If it was interrupted, it goes on")
     command.add_argument("--data", choices=[name for name in LABELLED if name != "synth"],
                          help="pack this labelled data set, with its labels, for finetune.py")
@@ -1065,6 +1075,8 @@ def main():
                 print(f"{i}.wav", json.dumps(events))
     except (InputError, OSError) as error:
         parser.exit(2, f"datasets.py: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "datasets.py: interrupted; the same command goes on\n")
 
 
 if __name__ == "__main__":

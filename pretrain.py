@@ -13,8 +13,9 @@ Then `python finetune.py --init`. What is in the run's folder: checkpoint.pt, al
 go on (--resume) or to fine-tune; log.jsonl, a line of JSON every few updates.
 
 Which clips, crops, masks and distractors an update sees depends on (seed, update, place in the batch)
-only: not on the number of processes, nor on what was before. So a run that is killed and resumed, even
-on another number of GPUs, is the same run.
+only: not on the number of processes, nor on what was before. So a run that is killed and resumed goes on
+with what would have come: on a CPU to the same bits, on GPUs, which add in any order, up to rounding. Only
+dropout is drawn by each process for itself.
 """
 import argparse
 import functools
@@ -80,6 +81,8 @@ def start(device=None):
 def check_batch(args, world):
     """Raise InputError where the batch can't be shared out."""
     share = args.batch_size // world
+    if args.benchmark and world > 1:
+        raise InputError("--benchmark is for one process: start it without torchrun")
     if args.batch_size % world:
         raise InputError(f"--batch-size {args.batch_size} does not divide by {world} processes")
     if share % min(args.micro_batch or share, share):
@@ -113,14 +116,15 @@ class Signals:
         self.received = number
 
 
-def stop(received, bar, path, world):
-    """Say how to go on after a signal, and exit as the shell reports that signal."""
+def stop(signals, bar, path, world):
+    """Say how to go on after a signal, perhaps to another process, and exit as a shell reports it."""
+    received = signals.received or signal.SIGTERM
     if world > 1:
         dist.barrier()          # the process that writes the checkpoint has done so
     shown = not bar.disable     # in one process only
     bar.close()
     if shown:
-        sys.stderr.write(f"stopped by signal {received}; {path} is written: --resume goes on from there\n")
+        sys.stderr.write(f"stopped by signal {int(received)}; {path} is written: --resume goes on from there\n")
     sys.exit(128 + received)
 
 
@@ -219,6 +223,8 @@ class Stopwatch:
     def lap(self, name=None):
         if self.device.type == "cuda":
             torch.cuda.synchronize()        # a GPU is only told what to do, not waited for
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
         now = time.perf_counter()
         if name:
             self.laps.setdefault(name, []).append(now - self.last)
@@ -333,7 +339,7 @@ def parse(argv=None):
     group.add_argument("--batch-size", type=count, help="clips in an update, over all processes "
                        "together (tiny: 32, else 256)")
     group.add_argument("--micro-batch", type=count, help="clips that go through the model at once in a "
-                       "process; fewer need less memory and take longer, with the same result (all)")
+                       "process; fewer need less memory and take longer, with the same result but for dropout (all)")
 
     group = parser.add_argument_group("model", "Settings of the size that can be changed.")
     group.add_argument("--size", choices=SIZES, default="tiny", help="tiny for a laptop, small and "
@@ -434,7 +440,7 @@ def main(args):
     checkpoint = None
     if args.resume and (out / "checkpoint.pt").exists():
         checkpoint = load_checkpoint(out, keys=("settings", "frontend", "optimizer", "logged"))
-    elif (out / "checkpoint.pt").exists():
+    elif (out / "checkpoint.pt").exists() and not args.benchmark:
         raise InputError(f"{out} holds a run already: go on with --resume, or name another --out")
     if args.workers is None:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))      # on this machine
@@ -483,6 +489,8 @@ def main(args):
         sample = batches(source, 32, 16, args.seed, samples=samples)
         frontend.measure((waveform.to(device), lengths) for waveform, lengths, _ in
                          tqdm(sample, "mean and deviation", leave=False, disable=True if rank else None))
+    if add_up([first], device, world) != [first * world]:
+        raise InputError(f"{out}: not all processes find the same checkpoint there; machines must share --out")
     wrapped = model if world == 1 else DistributedDataParallel(model)
     wrapped.train()
     parameters = list(model.parameters())
@@ -523,7 +531,7 @@ def main(args):
             results.append(result)
         # Means over all masked steps of the batch, of all parts and processes.
         sums = add_up([signals.received, *total(results)], device, world)
-        received, figures = int(sums[0] / world), means(sums[1:])
+        received, figures = sums[0] > 0, means(sums[1:])
         for parameter in parameters:
             parameter.grad /= max(figures["count"], 1)
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
@@ -571,7 +579,7 @@ def main(args):
                                 frontend=frontend.state_dict(), optimizer=optimizer.state_dict(),
                                 skipped=skipped, logged=logged, settings=model.settings, args=vars(args))
             if received and done < args.updates:
-                stop(received, bar, out / "checkpoint.pt", world)
+                stop(signals, bar, out / "checkpoint.pt", world)
     bar.close()
     if rank == 0:
         minutes = (time.time() - began) / 60
@@ -582,8 +590,12 @@ def main(args):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")       # file names hold anything
     try:
         main(parse())
     except (InputError, OSError) as error:
         sys.stderr.write(f"pretrain.py: {error}\n")
+        sys.exit(2)
+    except torch.OutOfMemoryError:
+        sys.stderr.write("pretrain.py: out of GPU memory: give a smaller --micro-batch, for the same result\n")
         sys.exit(2)
