@@ -500,7 +500,7 @@ def main(args):
         log = open_log(out / "log.jsonl", first)
         board = tensorboard(out) if args.tensorboard else None
         count = sum(p.numel() for p in parameters)
-        print(f"{args.size}, {count / 1e6:.1f} M parameters, on {device} x {world}; {args.data}, "
+        print(f"{args.size}, {count / 1e6:.1f} M parameters, on {device} x {world}; {' '.join(args.data)}, "
               f"{len(source)} clips of {args.seconds:g} s in an epoch; "
               + (f"goes on after update {first}" if checkpoint else
                  f"no checkpoint in {out} yet: from the start" if args.resume else
