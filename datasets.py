@@ -181,13 +181,17 @@ def write_whole(path, content):
     content is text, or a function that writes into the open binary file.
     """
     part = Path(path).with_suffix(".part")
-    with open(part, "wb") as file:
-        if callable(content):
-            content(file)
-        else:
-            file.write(content.encode("utf-8", "backslashreplace"))
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(part, "wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode("utf-8", "backslashreplace"))
+            file.flush()
+            os.fsync(file.fileno())
+    except Exception:
+        part.unlink(missing_ok=True)        # on a full disk it would only be in the way
+        raise
     os.replace(part, path)
 
 
@@ -229,15 +233,16 @@ def pack(files, names, out, shard_hours=5.0, workers=None, keep_silent=False):
             if audio is None:
                 shard = dict(kept=[], lengths=[], skipped=[])
                 audio = open(out / f"shard_{len(shards):05}.int16", "wb")
-            if not isinstance(waveform, str) and np.abs(waveform.astype(np.int32)).max() < SILENCE:
-                waveform = waveform if keep_silent else "silent (--keep-silent packs it all the same)"
+            if (not keep_silent and not isinstance(waveform, str)
+                    and max(int(waveform.max()), -int(waveform.min())) < SILENCE):
+                waveform = "silent (--keep-silent packs it all the same)"
             if isinstance(waveform, str):
                 shard["skipped"].append(f"{names[number]}: {waveform}")
             else:
                 audio.write(waveform.astype("<i2").tobytes())
                 shard["kept"].append(number)
                 shard["lengths"].append(len(waveform))
-            if sum(shard["lengths"]) >= limit or number == len(files) - 1:
+            if audio.tell() >= 2 * limit or number == len(files) - 1:
                 audio.flush()
                 os.fsync(audio.fileno())
                 audio.close()
@@ -286,6 +291,10 @@ class Shards:
         if not whole:
             raise InputError(f"{folder}: its packed audio is damaged; delete it and pack again")
 
+    @functools.cached_property
+    def names(self):
+        return (self.folder / "names.txt").read_text("utf-8").split("\n")[:-1]
+
     def path(self, shard):
         return self.folder / f"shard_{shard:05}.int16"
 
@@ -326,7 +335,7 @@ class Packed:
 
     def name(self, i):
         part, i = self.place(i)
-        return str(part.folder / (part.folder / "names.txt").read_text("utf-8").split("\n")[i])
+        return str(part.folder / part.names[i])
 
 
 def crop(waveform, samples, rng):
@@ -556,11 +565,9 @@ class Tree:
                 return self.tables[name]
         raise InputError(f"{self.root}: no {' or '.join(names)} below it; is the data set's root right?")
 
-    def find(self, files):
-        """The path of a clip's recording, or None."""
-        if isinstance(files, Path):
-            return files if files.is_file() else None
-        return next((self.recordings[name] for name in files if name in self.recordings), None)
+    def find(self, names):
+        """The path of the recording that has one of these names, or None."""
+        return next((self.recordings[name] for name in names if name in self.recordings), None)
 
 
 def read_table(path, columns, delimiter=","):
@@ -678,12 +685,12 @@ def kinetics700(tree):
     return clips, None
 
 
-def sub_folders(tree):
+def sub_folders(root):
     """Your own sounds: a sub-folder a class."""
-    clips = [Clip(str(path.relative_to(tree.root)), (path.relative_to(tree.root).parts[0],), "", path)
-             for path in audio_files(tree.root) if path.parent != Path(tree.root)]
+    clips = [Clip(str(path.relative_to(root)), (path.relative_to(root).parts[0],), "", path)
+             for path in audio_files(root) if path.parent != Path(root)]
     if not clips:
-        raise InputError(f"{tree.root}: no sub-folders with recordings, one a class, in it")
+        raise InputError(f"{root}: no sub-folders with recordings, one a class, in it")
     return hold_out_fifth(clips), None
 
 
@@ -761,7 +768,11 @@ class Labelled:
 
     def clip(self, i, rng):
         """Clip i for training: a random crop of what is longer than `seconds`."""
-        return crop(self.waveform(i), round(self.seconds * SAMPLE_RATE), rng)
+        return crop(self.waveforms[self.rows[i]], round(self.seconds * SAMPLE_RATE), rng)
+
+    def longest(self):
+        """Samples of the longest clip that `clip` can give."""
+        return min(round(self.seconds * SAMPLE_RATE), int(self.lengths.max()))
 
     def targets(self, numbers):
         """Labels of these clips as (n, C) of 0 and 1, float32."""
@@ -785,13 +796,15 @@ class Labelled:
         """
         members = self.members()
         priority = np.random.default_rng(seed).permutation(len(self))       # of each clip
-        rarest = np.array([min(own, key=lambda c: len(members[c]), default=-1) for own in self.labels])
+        none = len(members)                                 # in place of a class, for clips without labels
+        rarest = np.array([min(own, key=lambda c: len(members[c]), default=none) for own in self.labels])
         keep = set()
-        for c, clips in enumerate([*members, np.flatnonzero(rarest == -1)]):      # and those without labels
+        for c, clips in enumerate([*members, np.flatnonzero(rarest == none)]):
             clips = clips[np.argsort(priority[clips])]
-            keep.update(clips[:c < len(members)])
-            own = clips[rarest[clips] == (c if c < len(members) else -1)]
+            own = clips[rarest[clips] == c]
             keep.update(own[:round(fraction * len(own))])
+            if c != none:
+                keep.update(clips[:1])
         return self.subset(np.array(sorted(keep)))
 
     def fingerprint(self):
@@ -820,22 +833,30 @@ def synth(train=1000, test=500):
 
 
 def read_tables(data, root):
-    """A labelled set before its audio: clips, their files (None where missing), classes, metric."""
+    """A labelled set before its audio: (the clips that are there, their labels as class numbers; their
+    paths; how many are missing; classes; metric). Raises InputError where no clip is there."""
     reader, metric = LABELLED[data]
     if root is None:
         place = "table" if data == "csv" else "folder where it lies"
         raise InputError(f"--data {data} needs --root, the {place}")
-    tree = None if data == "csv" else Tree(root)
-    clips, classes = reader(root if data == "csv" else tree)
-    classes = classes or sorted({label for clip in clips for label in clip.labels})
-    if metric is None:
-        metric = "accuracy" if all(len(clip.labels) == 1 for clip in clips) else "mAP"
-    files = [Tree.find(tree, clip.files) for clip in clips]
-    if not any(files):
+    if data in ("folder", "csv"):                       # these know the paths
+        clips, classes = reader(root)
+        paths = [clip.files if clip.files.is_file() else None for clip in clips]
+    else:
+        tree = Tree(root)
+        clips, classes = reader(tree)
+        paths = [tree.find(clip.files) for clip in clips]
+    if not any(paths):
         raise InputError(f"{root}: none of the {len(clips)} recordings of {data} is there, such as "
                          f"{clips[0].files if data in ('csv', 'folder') else clips[0].files[0] + '.wav'}"
                          if clips else f"{root}: its tables name no clips")
-    return clips, files, classes, metric
+    classes = classes or sorted({label for clip in clips for label in clip.labels})
+    if metric is None:
+        metric = "accuracy" if all(len(clip.labels) == 1 for clip in clips) else "mAP"
+    number = {name: c for c, name in enumerate(classes)}
+    clips = [clip._replace(labels=tuple(number[label] for label in clip.labels))
+             for clip, path in zip(clips, paths) if path is not None]
+    return clips, [path for path in paths if path is not None], paths.count(None), classes, metric
 
 
 def labelled(data, root=None, workers=None, say=print):
@@ -851,15 +872,13 @@ def labelled(data, root=None, workers=None, say=print):
             raise InputError(f"{root}: holds packed {content['data']}, not {data}: name it with --data")
         waveforms = Shards(root)
         result = Labelled(waveforms, waveforms.lengths, [tuple(own) for own in content["labels"]],
-                          content["classes"], (Path(root) / "names.txt").read_text("utf-8").split("\n")[:-1],
-                          content["splits"], content["metric"])
+                          content["classes"], waveforms.names, content["splits"],
+                          content["metric"])
         missing, reasons = content["missing"], (Path(root) / "skipped.txt").read_text().splitlines()
     else:
-        clips, files, classes, metric = read_tables(data, root)
-        missing = files.count(None)
-        clips = [clip for clip, path in zip(clips, files) if path is not None]
+        clips, files, missing, classes, metric = read_tables(data, root)
         waveforms, kept, reasons, samples = [], [], [], 0
-        for clip, (path, waveform) in zip(clips, decoded([f for f in files if f is not None], workers)):
+        for clip, (path, waveform) in zip(clips, decoded(files, workers)):
             if isinstance(waveform, str):
                 reasons.append(f"{path}: {waveform}")
                 continue
@@ -869,9 +888,7 @@ def labelled(data, root=None, workers=None, say=print):
             if samples > IN_MEMORY * 3600 * SAMPLE_RATE:
                 raise InputError(f"{root}: more than {IN_MEMORY} hours, too much to decode in each run: "
                                  f"first python datasets.py pack {root} OUT --data {data}, then --root OUT")
-        number = {name: c for c, name in enumerate(classes)}
-        result = Labelled(waveforms, [len(w) for w in waveforms],
-                          [tuple(number[label] for label in clip.labels) for clip in kept], classes,
+        result = Labelled(waveforms, [len(w) for w in waveforms], [clip.labels for clip in kept], classes,
                           [clip.name for clip in kept], [clip.split for clip in kept], metric)
     say(f"{data}: {len(result)} clips, {len(result.classes)} classes, "
         f"{result.lengths.sum() / SAMPLE_RATE / 3600:.2f} hours; {missing} missing, {len(reasons)} unreadable"
@@ -881,15 +898,11 @@ def labelled(data, root=None, workers=None, say=print):
 
 def pack_labelled(data, root, out, **options):
     """`pack` for a labelled set: its labels go into `labels.json`. Silent clips stay. As `pack`."""
-    clips, files, classes, metric = read_tables(data, root)
-    there = [clip for clip, path in zip(clips, files) if path is not None]
-    kept, skipped = pack([path for path in files if path is not None], [clip.name for clip in there],
-                         out, keep_silent=True, **options)
-    number = {name: c for c, name in enumerate(classes)}
+    clips, files, missing, classes, metric = read_tables(data, root)
+    kept, skipped = pack(files, [clip.name for clip in clips], out, keep_silent=True, **options)
     write_whole(Path(out) / "labels.json", json.dumps(dict(
-        data=data, classes=classes, metric=metric, missing=files.count(None),
-        labels=[[number[label] for label in there[i].labels] for i in kept],
-        splits=[there[i].split for i in kept])))
+        data=data, classes=classes, metric=metric, missing=missing,
+        labels=[clips[i].labels for i in kept], splits=[clips[i].split for i in kept])))
     return kept, skipped
 
 

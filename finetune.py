@@ -14,7 +14,6 @@ In the run's folder: a checkpoint for each fold and fraction, and a line of JSON
 import argparse
 import copy
 import functools
-import itertools
 import json
 import os
 import sys
@@ -36,17 +35,14 @@ from conformer import Dropout
 from datasets import (LABELLED, InputError, Parser, batches, collate, download_esc50, in_range,
                       labelled, open_audio, read_audio)
 from frontend import HOP, SAMPLE_RATE, LogMel, frame_count
-from pretrain import (PATIENCE, Signals, add_up, autocast, benchmark, check_batch, load_checkpoint,
-                      load_model, padding_of, same_options, save_checkpoint, seed_of, start, stop)
+from pretrain import (PATIENCE, Signals, adam, add_up, autocast, benchmark, check_batch,
+                      check_same_start, load_checkpoint, load_model, padding_of, run_so_far,
+                      same_options, save_checkpoint, seed_of, start, stop)
 from wav2vec2 import SIZES, Wav2Vec2
 
-# For each metric its function, and, where classes without an answer are left out, that of each class.
-METRICS = {
-    "accuracy": (metrics.accuracy, None),
-    "mAP": (metrics.mean_average_precision, metrics.average_precisions),
-    "MAUC": (metrics.mean_area_under_roc, metrics.areas_under_roc),
-    "lwlrap": (metrics.lwlrap, None),
-}
+# Of each metric its value, or its values for all classes, of which it is the mean.
+METRICS = dict(accuracy=metrics.accuracy, mAP=metrics.average_precisions, MAUC=metrics.areas_under_roc,
+               lwlrap=metrics.lwlrap)
 
 # What the options of the same names are when not given: DEFAULTS, but for what a data set's line says.
 # The paper names the batches of 640 and 64, the frame-level head and the balancing of AudioSet (Sec. 4);
@@ -124,13 +120,15 @@ class Classifier(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return self.linear(self.dropout(x.float()))
 
+    def pool(self, x, padding_mask=None):
+        """The head: embeddings (B, L, D) and their padding mask (B, L) or None -> logits (B, C)."""
+        if self.head == "frames":
+            return torch.logit(linear_softmax(self.classify(x).sigmoid(), padding_mask))
+        return self.classify(mean_over_time(x.float(), padding_mask))
+
     def forward(self, log_mel, padding_mask=None):
         """log_mel (B, T, 64), padding_mask (B, T) or None -> logits (B, C), float32."""
-        if self.head == "frames":
-            logits, padding_mask = self.frame_logits(log_mel, padding_mask)
-            return torch.logit(linear_softmax(logits.sigmoid(), padding_mask))
-        x, padding_mask = self.encoder.encode(log_mel, padding_mask)
-        return self.classify(mean_over_time(x.float(), padding_mask))
+        return self.pool(*self.encoder.encode(log_mel, padding_mask))
 
 
 def three_stages(update, updates, peak, shares=(0.3, 0.3, 0.4)):
@@ -369,9 +367,11 @@ def evaluate(model, frontend, data, args, device, rank, world):
     """The data set's metric, and how many classes it is the mean of (None: it is of clips)."""
     logits = predict(model, frontend, data, args, device, rank, world)
     targets = data.targets(range(len(data)))
-    metric, by_class = METRICS[data.metric]
     try:
-        return metric(logits, targets), by_class and int(np.isfinite(by_class(logits, targets)).sum())
+        value = METRICS[data.metric](logits, targets)
+        if np.ndim(value) == 0:
+            return value, None
+        return metrics.mean_over_classes(value), int(np.isfinite(value).sum())
     except ValueError as error:
         raise InputError(f"no {data.metric} on these {len(data)} clips: {error}") from None
 
@@ -396,18 +396,16 @@ def train(model, frontend, data, valid, args, device, rank, world, label, signal
     model.to(device).train()
     wrapped = model if world == 1 else DistributedDataParallel(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=args.weight_decay,
-                                  fused=device.type != "mps")
+    optimizer = adam(parameters, args, device)
     first, best, best_weights, in_a_row = 0, None, None, 0
     if state:
         load_model(state, model, frontend)
         optimizer.load_state_dict(state["optimizer"])
         first, best, best_weights = state["update"], state["best"], state["best_weights"]
-    samples = min(round(args.seconds * SAMPLE_RATE), int(data.lengths.max()))
     share = args.batch_size // world
     micro = min(args.micro_batch or share, share)
     loader = batches(data, args.batch_size, args.updates, args.seed, first, rank, world, args.workers,
-                     samples, data.members() if args.balance else None)
+                     data.longest(), data.members() if args.balance else None)
     bar = tqdm(total=args.updates, initial=first, desc=label, disable=rank > 0, unit=" updates", leave=False)
     for update, (waveform, lengths, numbers) in enumerate(loader, first):
         for group in optimizer.param_groups:
@@ -431,7 +429,9 @@ def train(model, frontend, data, valid, args, device, rank, world, label, signal
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
         if np.isfinite([norm, loss]).all():
             optimizer.step()
-        in_a_row = 0 if np.isfinite([norm, loss]).all() else in_a_row + 1
+            in_a_row = 0
+        else:
+            in_a_row += 1
         optimizer.zero_grad()
         done = update + 1
         bar.update()
@@ -506,11 +506,9 @@ def tag(path, model, frontend, classes, threshold=0.5):
     """What is heard in a recording: {class: probability}, the most probable first, and, if the head gives
     frame probabilities, the events: (onset, offset, class) in seconds, where they exceed `threshold`."""
     x = torch.cat(list(listen(path, model, frontend)))[None]
-    if model.head == "mean":
-        logits, events = model.linear(x.mean(1)), None
-    else:
-        frames = model.linear(x).sigmoid()
-        logits, events = torch.logit(linear_softmax(frames)), []
+    logits, events = model.pool(x), None
+    if model.head == "frames":
+        frames, events = model.classify(x).sigmoid(), []
         step = model.encoder.settings["stack"] * HOP / SAMPLE_RATE          # seconds of a latent
         sounding = F.pad((frames[0] > threshold).int(), (0, 0, 1, 1)).diff(dim=0).cpu()   # (L + 1, C)
         for c, name in enumerate(classes):
@@ -552,8 +550,7 @@ def use(args):
 def time_updates(model, frontend, data, args, device):
     """`benchmark` of fine-tuning, with the augmentations and both versions of each clip."""
     frontend.to(device)
-    optimizer = torch.optim.AdamW(model.to(device).train().parameters(), fused=device.type != "mps")
-    samples = min(round(args.seconds * SAMPLE_RATE), int(data.lengths.max()))
+    optimizer = adam([p for p in model.to(device).train().parameters() if p.requires_grad], args, device)
     target = torch.randint(2, (args.batch_size, len(data.classes)), device=device).float()
 
     def prepare(waveform, lengths):
@@ -566,12 +563,7 @@ def time_updates(model, frontend, data, args, device):
             logits = model(log_mel, padding_mask)
         return loss_of(logits, target, args)
 
-    waveform = torch.randint(-9000, 9000, (args.batch_size, samples), dtype=torch.int16, device=device)
-    resident = itertools.repeat((waveform, torch.full((args.batch_size,), samples), None))
-    real = batches(data, args.batch_size, args.benchmark + 4, args.seed, workers=args.workers,
-                   samples=samples)
-    benchmark(model, optimizer, prepare, loss, {"resident data": resident, "real input": real},
-              samples / SAMPLE_RATE, args, device)
+    benchmark(model, optimizer, prepare, loss, data, data.longest(), args, device)
 
 
 def main(args):
@@ -580,14 +572,12 @@ def main(args):
     check_batch(args, world)
     init = load_checkpoint(args.init) if args.init is not None else None
     out = Path(args.out)
-    state = dict(job=0, lines=[], update=0)
-    if args.resume and (out / "checkpoint.pt").exists():
-        state = load_checkpoint(out, "finetune.py", ("job", "lines"))
+    state = run_so_far(out, args, "finetune.py", ("job", "lines"))
+    if state:
         same_options(out, state["args"], args, [name for name in vars(args) if name not in MAY_CHANGE])
-    elif (out / "checkpoint.pt").exists() and not args.benchmark:
-        raise InputError(f"{out} holds a run already: go on with --resume, or name another --out")
-    if add_up([state["job"], state["update"]], device, world) != [state["job"] * world, state["update"] * world]:
-        raise InputError(f"{out}: not all processes find the same checkpoint there; machines must share --out")
+    else:
+        state = dict(job=0, lines=[], update=0)
+    check_same_start(out, [state["job"], state["update"]], device, world)
     if args.download:
         if rank == 0:
             download_esc50(args.root)

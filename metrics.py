@@ -66,7 +66,7 @@ def areas_under_roc(scores, labels):
     return result
 
 
-def _mean(values):
+def mean_over_classes(values):
     """Mean over the classes that have a value. Raises ValueError where none has."""
     if np.isnan(values).all():
         raise ValueError("no class has both clips with it and clips to tell them from")
@@ -75,12 +75,12 @@ def _mean(values):
 
 def mean_average_precision(scores, labels):
     """mAP: the mean of the average precision over the classes that some clip has."""
-    return _mean(average_precisions(scores, labels))
+    return mean_over_classes(average_precisions(scores, labels))
 
 
 def mean_area_under_roc(scores, labels):
     """MAUC: the mean of the ROC-AUC over the classes that some clips have and some don't."""
-    return _mean(areas_under_roc(scores, labels))
+    return mean_over_classes(areas_under_roc(scores, labels))
 
 
 def lwlrap(scores, labels):

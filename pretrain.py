@@ -144,7 +144,6 @@ def save_checkpoint(path, **content):
     try:
         write_whole(path, functools.partial(torch.save, content))
     except (OSError, RuntimeError) as error:        # torch's writer hides the error of the system
-        Path(path).with_suffix(".part").unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) else "is the disk full?"
         raise InputError(f"{path}: can't be written ({reason}); what was there before still is: make "
                          "room, then go on with --resume") from None
@@ -179,6 +178,32 @@ def load_model(checkpoint, model, frontend):
     except RuntimeError:
         raise InputError("the checkpoint's weights do not fit the model; it is of another version "
                          "or damaged: use another") from None
+
+
+def run_so_far(out, args, script, keys):
+    """The checkpoint that --resume goes on from, or None to start.
+
+    Raises InputError where `out` holds a run that --resume was not given for.
+    """
+    if not (out / "checkpoint.pt").exists():
+        return None
+    if args.resume:
+        return load_checkpoint(out, script, keys)
+    if not args.benchmark:
+        raise InputError(f"{out} holds a run already: go on with --resume, or name another --out")
+
+
+def check_same_start(out, numbers, device, world):
+    """Raise InputError where not all processes start from the same place, which `numbers` say."""
+    if add_up(numbers, device, world) != [number * world for number in numbers]:
+        raise InputError(f"{out}: not all processes find the same checkpoint there; machines must share "
+                         "--out")
+
+
+def adam(parameters, args, device):
+    """The optimizer of Sec. 2.3: Adam with decoupled weight decay."""
+    return torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=args.weight_decay,
+                             fused=device.type != "mps")
 
 
 def seed_of(*numbers):
@@ -234,31 +259,33 @@ class Stopwatch:
         return {name: float(np.median(laps)) for name, laps in self.laps.items()}
 
 
-def benchmark(model, optimizer, prepare, loss_of, sources, seconds, args, device):
-    """Time updates, phase by phase, and print a table: medians of args.benchmark updates after three
-    that don't count. prepare(waveform, lengths) gives the arguments of loss_of; `sources` are batches by
-    their names; seconds of sound are in a clip."""
+def benchmark(model, optimizer, prepare, loss_of, source, samples, args, device):
+    """Time updates, phase by phase, and print a table: medians of args.benchmark updates after four
+    that don't count. prepare(waveform, lengths) gives the arguments of loss_of; `samples` are in a clip."""
     dtype = torch.bfloat16 if in_bf16(device, args.dtype) else torch.float32
     size = 8192 if device.type == "cuda" else 2048
     square, watch = torch.randn(size, size, device=device, dtype=dtype), Stopwatch(device)
     for repeat in range(8):
-        watch.lap("wait" if repeat > 3 else None)
+        watch.lap()
         square @ square
-        watch.lap("product" if repeat > 2 else None)
+        watch.lap("product" if repeat > 2 else None)        # the first ones warm up
     peak = 2 * size**3 / watch.medians()["product"]
     print(torch.cuda.get_device_name() if device.type == "cuda" else
           f"{device.type}, {torch.get_num_threads()} threads", dtype,
           f"compile {'on' if args.compile else 'off'}", f"torch {torch.__version__}", f"Python {sys.version.split()[0]}",
           f"a matrix product of {size} reaches {peak / 1e12:.3f} TFLOP/s", sep="; ")
-    rows = []
-    for source, loader in sources.items():
-        watch, flops = Stopwatch(device), None
-        for repeat, (waveform, lengths, _) in zip(range(args.benchmark + 4), loader):
-            if watch.last:
-                watch.lap("waiting for data")
+    B, rows = args.batch_size, []
+    random = torch.randint(-9000, 9000, (B, samples), dtype=torch.int16, device=device)
+    resident = itertools.repeat((random, torch.full((B,), samples), None), args.benchmark + 4)
+    real = batches(source, B, args.benchmark + 4, args.seed, workers=args.workers, samples=samples)
+    for kind, loader in (("resident data", resident), ("real input", real)):
+        watch = Stopwatch(device)
+        watch.lap()
+        for repeat, (waveform, lengths, _) in enumerate(loader):
+            watch.lap("waiting for data")
             waveform = waveform.to(device, non_blocking=True)
             inputs = prepare(waveform, lengths)
-            watch.lap("frontend" if watch.last else None)
+            watch.lap("frontend")
             if repeat == 0:                                     # counted once; compiled code can't be
                 with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
                     loss_of(*inputs).backward()
@@ -274,13 +301,11 @@ def benchmark(model, optimizer, prepare, loss_of, sources, seconds, args, device
                 watch.lap("optimiser")
             if repeat == 3:
                 watch.laps.clear()
-            watch.lap()
         phases = watch.medians()
         update = sum(phases.values())
-        memory = (torch.cuda.max_memory_allocated() if device.type == "cuda" else
-                  peak_memory())
-        rows.append({"": source, "clips/s": f"{len(waveform) / update:.1f}",
-                     "hours/hour": f"{len(waveform) * seconds / update:.0f}",
+        memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory()
+        rows.append({"": kind, "clips/s": f"{B / update:.1f}",
+                     "hours/hour": f"{B * samples / SAMPLE_RATE / update:.0f}",
                      "TFLOP/s": f"{flops / update / 1e12:.3f}",
                      "of the product's": f"{flops / update / peak:.0%}",
                      **{f"{name}, ms": f"{value * 1000:.1f}" for name, value in phases.items()},
@@ -437,11 +462,7 @@ def main(args):
     share = args.batch_size // world                # of the batch, that is this process's
     micro = min(args.micro_batch or share, share)
     out = Path(args.out)
-    checkpoint = None
-    if args.resume and (out / "checkpoint.pt").exists():
-        checkpoint = load_checkpoint(out, keys=("settings", "frontend", "optimizer", "logged"))
-    elif (out / "checkpoint.pt").exists() and not args.benchmark:
-        raise InputError(f"{out} holds a run already: go on with --resume, or name another --out")
+    checkpoint = run_so_far(out, args, "pretrain.py", ("settings", "frontend", "optimizer", "logged"))
     if args.workers is None:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))      # on this machine
         args.workers = min(8, os.cpu_count() // processes) if device.type == "cuda" else 0
@@ -452,8 +473,7 @@ def main(args):
     except ValueError as error:
         raise InputError(str(error)) from None
     frontend = LogMel().to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98),
-                                  weight_decay=args.weight_decay, fused=device.type != "mps")
+    optimizer = adam(model.parameters(), args, device)
     samples = round(args.seconds * SAMPLE_RATE)
     latents = model.noise_shape(1, frame_count(samples))[1]
     if span_mask(torch.rand(1, latents), model.settings["mask"], model.settings["span"]).all():
@@ -474,12 +494,7 @@ def main(args):
             with autocast(device, args.dtype):
                 return model(log_mel, padding_mask, noise).loss
 
-        waveform = torch.randint(-9000, 9000, (args.batch_size, samples), dtype=torch.int16, device=device)
-        resident = itertools.repeat((waveform, torch.full((args.batch_size,), samples), None))
-        real = batches(source, args.batch_size, args.benchmark + 4, args.seed, workers=args.workers,
-                       samples=samples)
-        return benchmark(model.train(), optimizer, prepare, loss_of,
-                         {"resident data": resident, "real input": real}, args.seconds, args, device)
+        return benchmark(model.train(), optimizer, prepare, loss_of, source, samples, args, device)
     if checkpoint:
         same_options(out, checkpoint["args"], args, SAME_ON_RESUME)
         load_model(checkpoint, model, frontend)
@@ -489,8 +504,7 @@ def main(args):
         sample = batches(source, 32, 16, args.seed, samples=samples)
         frontend.measure((waveform.to(device), lengths) for waveform, lengths, _ in
                          tqdm(sample, "mean and deviation", leave=False, disable=True if rank else None))
-    if add_up([first], device, world) != [first * world]:
-        raise InputError(f"{out}: not all processes find the same checkpoint there; machines must share --out")
+    check_same_start(out, [first], device, world)
     wrapped = model if world == 1 else DistributedDataParallel(model)
     wrapped.train()
     parameters = list(model.parameters())
