@@ -341,7 +341,7 @@ class Packed:
 def crop(waveform, samples, rng):
     """A random part of `samples` samples, or all of what is shorter."""
     start = rng.integers(max(len(waveform) - samples, 0) + 1)
-    return np.array(waveform[start:start + samples])
+    return waveform[start:start + samples]
 
 
 class Folder:
@@ -1015,10 +1015,10 @@ def collate(clips, samples=None):
     S is `samples`, or the length of the longest.
     """
     lengths = torch.tensor([len(waveform) for waveform, _ in clips])
-    waveform = torch.zeros(len(clips), samples or int(lengths.max()), dtype=torch.int16)
+    waveform = np.zeros((len(clips), samples or int(lengths.max())), np.int16)
     for row, (clip, _) in zip(waveform, clips):
-        row[:len(clip)] = torch.from_numpy(clip)
-    return waveform, lengths, torch.tensor([number for _, number in clips])
+        row[:len(clip)] = clip
+    return torch.from_numpy(waveform), lengths, torch.tensor([number for _, number in clips])
 
 
 def batches(source, batch_size, updates, seed, first=0, rank=0, world=1, workers=0, samples=None,

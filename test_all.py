@@ -653,9 +653,9 @@ def anonymous_memory():
 
 
 @soak
-@pytest.mark.parametrize("workers", [0, 2])
-def test_soak_reading_is_fast_and_memory_flat(tmp_path, workers):
-    """20,000 batches of eight 10 s crops out of an hour of sound."""
+@pytest.mark.parametrize("workers, batch_size", [(0, 8), (2, 64)])
+def test_soak_reading_is_fast_and_memory_flat(tmp_path, workers, batch_size):
+    """20,000 batches of 10 s crops out of an hour of sound."""
     noise = np.random.default_rng(0).integers(-9000, 9000, 60 * 16_000).astype(np.int16)
     for i in range(60):
         soundfile.write(tmp_path / f"{i}.wav", np.roll(noise, i), 16_000)
@@ -663,10 +663,10 @@ def test_soak_reading_is_fast_and_memory_flat(tmp_path, workers):
     datasets.pack(files, [path.name for path in files], tmp_path / "out")
     source = datasets.open_source([tmp_path / "out"], 10.0)
     memory, began = [], time.time()
-    for n, _ in enumerate(datasets.batches(source, 8, 20_000, 0, workers=workers, samples=160_000)):
+    for n, _ in enumerate(datasets.batches(source, batch_size, 20_000, 0, workers=workers, samples=160_000)):
         if n % 4000 == 1999:
             memory.append(anonymous_memory())
-    print(f"{160_000 / (time.time() - began):.0f} clips a second, MB at 2,000, 6,000 ... batches: {memory}")
+    print(f"{20_000 * batch_size / (time.time() - began):.0f} clips a second, MB at 2,000, 6,000 ... batches: {memory}")
     assert max(memory) - memory[0] < 10
 
 
@@ -1383,45 +1383,53 @@ def same_run(one, other, skip=("clips_per_second", "minutes", "args")):
     return True
 
 
-# Ends the process at once, as SIGKILL does, so many seconds after its start: SIGALRM, left to its default.
-KILLED = "signal.setitimer(signal.ITIMER_REAL, {})"
+# Ends the process in its n-th update from its start, at once as SIGKILL does: SIGALRM, left to its default.
+KILLED = """
+rate, updates = {module}.{schedule}, []
+def killed(*arguments):
+    updates.append(arguments)
+    if len(updates) == {n}: signal.setitimer(signal.ITIMER_REAL, {seconds})
+    return rate(*arguments)
+{module}.{schedule} = killed"""
 
 
-def kill_and_resume(script, options, whole, out, times, processes=None):
-    """Kill a run at random moments and resume it, until it has come to its end."""
-    random, began = np.random.default_rng(0), time.time()
+def kill_and_resume(script, schedule, updates, options, whole, out, times, processes=None):
+    """Kill a run of so many updates in random ones, at random moments of them, and resume it, until it
+    has come to its end; all that again until it was killed so many times."""
+    random, kills = np.random.default_rng(0), 0
     run(script, *options, "--out", whole, processes=processes)
-    took, kills = time.time() - began, 0
     while kills < times:
         shutil.rmtree(out, ignore_errors=True)
-        for _ in range(100):
+        while True:
+            patch = KILLED.format(module=script.removesuffix(".py"), schedule=schedule,
+                                  n=random.integers(1, updates + 1), seconds=random.uniform(0.001, 0.03))
             try:
-                run_patched(KILLED.format(random.uniform(0.6, 1.1) * took), script, *options, "--out", out,
-                            "--resume", processes=processes)
+                run_patched(patch, script, *options, "--out", out, "--resume", processes=processes)
                 break
             except AssertionError as error:
                 assert "Traceback" not in str(error) or processes, error
                 kills += 1
         assert same_run(whole, out)
+    print(f"{kills} kills, each resumed: weights, optimiser state and log as if there had been none")
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_been(pretrained, tmp_path):
-    options = [*pretrained[0], "--updates", 60, "--checkpoint-every", 7, "--log-every", 4]
-    kill_and_resume("pretrain.py", options, tmp_path / "whole", tmp_path / "killed", 1)
+    options = [*pretrained[0], "--updates", 30, "--checkpoint-every", 7, "--log-every", 4]
+    kill_and_resume("pretrain.py", "learning_rate", 30, options, tmp_path / "whole", tmp_path / "killed", 1)
 
 
 def test_killed_fine_tuning_goes_on_as_if_nothing_had_been(pretrained, tmp_path):
     write_esc50(tmp_path / "data")
     options = ["--data", "esc50", "--root", tmp_path / "data", "--init", pretrained[1], "--fold", "all", "--fraction",
                1, 0.5, "--updates", 8, "--batch-size", 6, "--checkpoint-every", 3, "--validate"]
-    kill_and_resume("finetune.py", options, tmp_path / "whole", tmp_path / "killed", 1)
+    kill_and_resume("finetune.py", "three_stages", 80, options, tmp_path / "whole", tmp_path / "killed", 1)
 
 
 @soak
 @pytest.mark.parametrize("processes", [None, 2])
 def test_soak_fifty_kills(pretrained, tmp_path, processes):
     options = [*pretrained[0], "--updates", 60, "--checkpoint-every", 7, "--log-every", 4]
-    kill_and_resume("pretrain.py", options, tmp_path / "whole", tmp_path / "killed", 25, processes)
+    kill_and_resume("pretrain.py", "learning_rate", 60, options, tmp_path / "whole", tmp_path / "killed", 25, processes)
 
 
 def test_a_run_killed_while_it_writes_a_checkpoint_keeps_the_one_before(pretrained, tmp_path):
