@@ -51,6 +51,7 @@ class Parser(argparse.ArgumentParser):
     """argparse whose complaints are one line, like all others."""
 
     def error(self, message):
+        """Print the complaint and exit with code 2."""
         self.exit(2, f"{self.prog}: {message}; --help explains\n")
 
 
@@ -293,9 +294,11 @@ class Shards:
 
     @functools.cached_property
     def names(self):
+        """What the recordings are called: a list."""
         return (self.folder / "names.txt").read_text("utf-8").split("\n")[:-1]
 
     def path(self, shard):
+        """The file of this number."""
         return self.folder / f"shard_{shard:05}.int16"
 
     def __len__(self):
@@ -330,10 +333,12 @@ class Packed:
         return self.parts[part], i - (self.ends[part - 1] if part else 0)
 
     def clip(self, i, rng):
+        """A random crop of recording i: int16 (S,)."""
         part, i = self.place(i)
         return crop(part[i], self.samples, rng)
 
     def name(self, i):
+        """What recording i is called."""
         part, i = self.place(i)
         return str(part.folder / part.names[i])
 
@@ -366,11 +371,13 @@ class Folder:
         return len(self.recordings)
 
     def clip(self, i, rng):
+        """A random crop of recording i: int16 (S,)."""
         path, duration = self.recordings[i]
         start = rng.uniform(0, max(duration - self.seconds, 0))
         return to_int16(read_audio(path, start, self.seconds))[:round(self.seconds * SAMPLE_RATE)]
 
     def name(self, i):
+        """What recording i is called."""
         return str(self.recordings[i][0])
 
 
@@ -511,11 +518,13 @@ class Synth:
         return 2000
 
     def clip(self, i, rng):
+        """Clip i, the same each time: int16 (S,)."""
         if i not in self.made:
             self.made[i] = synth_clip(i, "unlabelled", self.seconds)[0]
         return self.made[i]
 
     def name(self, i):
+        """What clip i is called."""
         return f"synth/unlabelled/{i}"
 
 
@@ -996,6 +1005,7 @@ class Drawn(torch.utils.data.Dataset):
         self.members = members and [clips for clips in members if len(clips)]
 
     def number(self, n):
+        """Which clip of the source comes n-th in the stream."""
         if self.members is None:
             epoch, position = divmod(n, len(self.source))
             return shuffled(position, len(self.source), f"{self.seed} {epoch}")
@@ -1029,8 +1039,8 @@ def batches(source, batch_size, updates, seed, first=0, rank=0, world=1, workers
     processes. Each batch is as `collate` gives it, padded to `samples` or to its longest clip.
     """
     share = batch_size // world
-    numbers = [range(u * batch_size + rank * share, u * batch_size + (rank + 1) * share)
-               for u in range(first, updates)]
+    numbers = (range(u * batch_size + rank * share, u * batch_size + (rank + 1) * share)
+               for u in range(first, updates))
     return torch.utils.data.DataLoader(
         Drawn(source, seed, members), batch_sampler=numbers, num_workers=workers,
         collate_fn=functools.partial(collate, samples=samples),
@@ -1044,6 +1054,7 @@ def leave_signals_alone(_):
 
 
 def main():
+    """The command line: `pack` and `synth`."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("pack", help="decode a folder of recordings into int16 shards")

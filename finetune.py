@@ -105,6 +105,7 @@ class Classifier(nn.Module):
         self.linear = nn.Linear(encoder.settings["width"], classes)
 
     def train(self, mode=True):
+        """Training mode, or evaluation mode; a frozen encoder stays in the latter, without dropout."""
         super().train(mode)
         if self.freeze:
             self.encoder.eval()
@@ -157,6 +158,7 @@ def consistency(logits, others, loss="bce"):
 
 
 def parse(argv=None):
+    """The options of a run, with what its data set leaves open filled in. Raises InputError for what can't be."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     epilog="Defaults of several data sets differ (RECIPES in finetune.py).")
     share = in_range(float, 0, 1)
@@ -567,6 +569,7 @@ def time_updates(model, frontend, data, args, device):
 
 
 def main(args):
+    """Train and test on each fraction and fold. Raises InputError where it can't start or go on."""
     device, rank, world = start(args.device)
     signals = Signals()
     check_batch(args, world)

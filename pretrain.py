@@ -111,6 +111,7 @@ class Signals:
             signal.signal(number, self.note)
 
     def note(self, number, _):
+        """What Python calls when a signal comes: its number, and where the program stood."""
         if self.received:
             sys.exit(128 + number)
         self.received = number
@@ -246,6 +247,7 @@ class Stopwatch:
         self.device, self.laps, self.last = device, {}, None
 
     def lap(self, name=None):
+        """Note the time since the last call under this name, if there is one."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()        # a GPU is only told what to do, not waited for
         elif self.device.type == "mps":
@@ -256,6 +258,7 @@ class Stopwatch:
         self.last = now
 
     def medians(self):
+        """{name: median of its times}, in seconds."""
         return {name: float(np.median(laps)) for name, laps in self.laps.items()}
 
 
@@ -326,6 +329,7 @@ def learning_rate(update, peak, warmup, updates):
 
 
 def parse(argv=None):
+    """The options of a run, with what its size leaves open filled in. Raises InputError for what can't be."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     count, positive = in_range(int, 1, 10**9), in_range(float, 1e-12, 1e6)
     group = parser.add_argument_group("run")
@@ -456,6 +460,7 @@ def offenders(model, frontend, waveform, lengths, noise, names):
 
 
 def main(args):
+    """One run, or this process's part of it. Raises InputError where it can't start or go on."""
     device, rank, world = start(args.device)
     signals = Signals()
     check_batch(args, world)
