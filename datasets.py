@@ -75,7 +75,8 @@ NO_END = "lacks an end-of-stream bit"
 
 
 def open_audio(path):
-    """A recording, opened with soundfile. Raises InputError for what is missing or no audio."""
+    """A recording, opened with soundfile. Raises InputError for what is missing, no audio, empty or, as
+    far as its format tells, cut off."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file")
     try:
@@ -86,6 +87,8 @@ def open_audio(path):
         raise InputError(f"{path}: its name is not valid UTF-8; rename it") from None
     if file.frames == 0:
         raise InputError(f"{path}: no sound in it (0 samples)")
+    if NO_END in file.extra_info or any(int(size) < 2**31 - 1 for size in PROMISED.findall(file.extra_info)):
+        raise InputError(f"{path}: cut off before its end; get it again")
     if not 1000 <= file.samplerate <= 768_000:
         raise InputError(f"{path}: a sample rate of {file.samplerate} Hz can't be right")
     return file
@@ -109,10 +112,8 @@ def read_audio(path, start=0.0, seconds=None):
                 left -= len(part)
         except soundfile.LibsndfileError as error:
             raise InputError(f"{path}: not readable as audio ({error.error_string})") from None
-        promised = [int(size) for size in PROMISED.findall(file.extra_info)]
-        if (left > 0 or NO_END in file.extra_info
-                or any(size < 2**31 - 1 for size in promised)):
-            raise InputError(f"{path}: cut off before its end; get it again")
+    if left > 0:
+        raise InputError(f"{path}: cut off before its end; get it again")
     if not parts:
         raise InputError(f"{path}: no sound in it (0 samples)")
     waveform = np.concatenate(parts)
