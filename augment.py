@@ -12,7 +12,7 @@ def jitter(waveform, noise, limit=200):
     """Temporal jittering: shift each waveform by -limit to limit samples, zeros moving in.
 
     waveform (B, S), noise (B,) -> (B, S). The paper calls 200 samples half the frame length, which is
-    neither half a window (1,024) nor half a hop (320) of Sec. 2.2; its number is kept.
+    neither half a window (512) nor half a hop (160) of Sec. 2.2; its number is kept.
     """
     samples = waveform.shape[1]
     shift = (noise * (2 * limit + 1)).long() - limit                            # (B,)

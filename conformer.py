@@ -1,9 +1,9 @@
 """The conformer: attention for what is far, convolution for what is near (Sec. 2.2, Fig. 1b).
 
-Each block sends its input through four modules, each added to what came in: half a feed-forward
-network, a convolution over time, self-attention, the other half. Convolution stands before
-attention, the other way round than in the first conformer paper (Gulati et al. 2020): it tells the
-steps apart by their neighbourhood, and so replaces the positional encoding, of which there is none.
+Each block sends its input through four modules and adds what each gives: a feed-forward network (half
+of what it gives), a convolution over time, self-attention, a second feed-forward network (half again).
+Convolution stands before attention, unlike in the first conformer paper (Gulati et al. 2020): it tells
+the steps apart by their neighbourhood, and so replaces the positional encoding, of which there is none.
 
 Tensors are (B, L, D): batch, steps in time, width. `padding_mask` (B, L) is True at steps that only
 fill up a batch; what a clip comes to is the same, whatever it is padded with.

@@ -1,7 +1,7 @@
 """Sound, from files and from formulas.
 
-Three sources of unlabelled clips for pre-training, each with `len` (clips in an epoch) and
-`clip(i, rng)` (an int16 waveform at 16 kHz): `Synth`, `Packed`, `Folder`; `open_source` picks one.
+Three sources of unlabelled clips for pre-training, each with `len` (clips in an epoch), `clip(i, rng)`
+(an int16 waveform at 16 kHz) and `name(i)`: `Synth`, `Packed`, `Folder`; `open_source` picks one.
 For fine-tuning, `labelled` reads the data sets of LABELLED from their official layouts. `batches`
 serves either.
 
@@ -720,13 +720,15 @@ def own_table(path):
 
 
 def hold_out_fifth(clips):
-    """Clips without splits: every fifth of a class, in order of a hash of their names, is for testing."""
+    """Clips without splits: of each (first) class every fifth, in order of a hash of their names, is for
+    testing."""
     order = sorted(range(len(clips)), key=lambda i: hashlib.sha256(clips[i].name.encode(
         errors="surrogateescape")).digest())
     met = collections.Counter()
     for i in order:
-        met[clips[i].labels] += 1
-        clips[i] = clips[i]._replace(split="test" if met[clips[i].labels] % 5 == 2 else "train")
+        first = clips[i].labels[:1]
+        met[first] += 1
+        clips[i] = clips[i]._replace(split="test" if met[first] % 5 == 2 else "train")
     return clips
 
 
@@ -945,7 +947,7 @@ def download(url, path):
         part.unlink()
         return download(url, path)
     except (OSError, http.client.HTTPException) as error:
-        raise InputError(f"{url}: {error or type(error).__name__}; run it again to go on") from None
+        raise InputError(f"{url}: {str(error) or type(error).__name__}; run it again to go on") from None
     if total is not None and size != total:
         raise InputError(f"{url}: broke off after {size} of {total} bytes; run it again to go on")
     os.replace(part, path)

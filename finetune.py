@@ -10,6 +10,9 @@ Several GPUs: `torchrun --nproc_per_node=8 finetune.py ...`. Then use it:
     python finetune.py --predict dog.wav rain.mp3 --init runs/finetune
     python finetune.py --embed dog.wav rain.mp3 --init runs/finetune --out embeddings.npy
 In the run's folder: a checkpoint for each fold and fraction, and a line of JSON in results.jsonl.
+
+Shapes: B clips, S samples, T frames, L latents in time, D width, C classes (in wav2vec2.py, C is the width
+of a latent).
 """
 import argparse
 import copy
@@ -98,6 +101,7 @@ class Classifier(nn.Module):
     def __init__(self, encoder, classes, head="mean", dropout=0.1, freeze=False):
         super().__init__()
         self.encoder, self.head, self.freeze = encoder, head, freeze
+        self.exclusive = False      # `load` sets it for what --loss ce trained: softmax, not sigmoids
         encoder.requires_grad_(not freeze)
         encoder.output.requires_grad_(False)            # only pre-training needs these two, and
         encoder.mask_embedding.requires_grad_(False)    # several processes refuse unused parameters
@@ -111,13 +115,8 @@ class Classifier(nn.Module):
             self.encoder.eval()
         return self
 
-    def frame_logits(self, log_mel, padding_mask=None):
-        """Logits at each step (B, L, C), whatever the head, and their padding mask (B, L)."""
-        x, padding_mask = self.encoder.encode(log_mel, padding_mask)
-        return self.classify(x), padding_mask
-
     def classify(self, x):
-        """The linear layer, in float32: bf16 would make many clips tie."""
+        """The linear layer: embeddings (..., D) -> logits (..., C), in float32: bf16 would make many tie."""
         with torch.autocast(x.device.type, enabled=False):
             return self.linear(self.dropout(x.float()))
 
@@ -207,9 +206,9 @@ def parse(argv=None):
                        "after the other (1)")
     group.add_argument("--fraction", type=in_range(float, 1e-6, 1), nargs="+", default=[1.0], help="of the "
                        "training clips, class by class; several are tried one after the other (%(default)s)")
-    group.add_argument("--balance", action=argparse.BooleanOptionalAction, help="draw clips so that all "
-                       "classes come equally often (Sec. 4.1); rare classes learn more, and their few "
-                       "clips are seen again and again (for audioset)")
+    group.add_argument("--balance", action=argparse.BooleanOptionalAction, help="draw all classes equally "
+                       "often (Sec. 4.1); rare classes learn more, and their few clips are seen again and "
+                       "again (for audioset)")
     group.add_argument("--seconds", type=in_range(float, 0.1, 3600), help="longest clip in training: of "
                        "longer ones a random crop each time, which also works against over-fitting; clips "
                        "are tested whole (10; esc10 3)")
@@ -236,9 +235,9 @@ def parse(argv=None):
                        "processes; large sets like larger ones (16 to 640)")
     group.add_argument("--micro-batch", type=in_range(int, 1, 10**6), help="clips that go through the model "
                        "at once in a process; fewer need less memory and take longer, with the same result "
-                       "(all)")
+                       "but for dropout (all)")
     group.add_argument("--lr", type=in_range(float, 1e-12, 1e6), help="peak learning rate (3e-4 to 1e-3)")
-    group.add_argument("--stages", type=share, nargs=3, default=(0.3, 0.3, 0.4),
+    group.add_argument("--stages", type=share, nargs=3, default=[0.3, 0.3, 0.4],
                        metavar=("WARMUP", "HOLD", "DECAY"), help="shares of the updates (%(default)s)")
     group.add_argument("--weight-decay", type=in_range(float, 0, 1e6), default=0.01, help="pulls "
                        "weights to 0; more of it regularises more (%(default)s)")
@@ -288,7 +287,7 @@ def split(data, fold, fraction, args):
         valid = training[:0]
     if args.validate and len(valid) == 0:
         if fold is None:
-            valid = data.subset(training).fraction(0.1, args.seed).rows
+            valid = np.setdiff1d(training, data.subset(training).fraction(0.9, args.seed).rows)
         else:
             others = sorted(set(splits[training].tolist()))
             if len(others) < 2:
@@ -385,7 +384,9 @@ def loss_of(logits, target, args):
         loss = F.cross_entropy(logits, targets.argmax(1))
     else:
         loss = F.binary_cross_entropy_with_logits(logits, targets)
-    return loss + args.consistency * consistency(*logits.chunk(2), args.loss) if args.consistency else loss
+    if args.consistency:
+        loss = loss + args.consistency * consistency(*logits.chunk(2), args.loss)
+    return loss
 
 
 def train(model, frontend, data, valid, args, device, rank, world, label, signals, save, state=None):
@@ -409,6 +410,7 @@ def train(model, frontend, data, valid, args, device, rank, world, label, signal
     loader = batches(data, args.batch_size, args.updates, args.seed, first, rank, world, args.workers,
                      data.longest(), data.members() if args.balance else None)
     bar = tqdm(total=args.updates, initial=first, desc=label, disable=rank > 0, unit=" updates", leave=False)
+    # waveform (B, S) int16 and lengths (B,) in samples, on the CPU; numbers (B,) of the clips in the set.
     for update, (waveform, lengths, numbers) in enumerate(loader, first):
         for group in optimizer.param_groups:
             group["lr"] = three_stages(update, args.updates, args.lr, args.stages)
@@ -477,7 +479,7 @@ def load(run, device="cpu"):
     encoder = Wav2Vec2(**content["settings"])
     model = Classifier(encoder, len(classes), content["head"]) if classes else encoder
     load_model(content, model, frontend)
-    model.exclusive = content["args"].get("loss") == "ce"       # one class a clip: softmax, not sigmoids
+    model.exclusive = content["args"].get("loss") == "ce"
     return model.to(device).eval(), frontend.to(device), classes
 
 
@@ -628,9 +630,10 @@ def main(args):
         best = train(model, frontend, training, valid, args, device, rank, world, name, signals,
                      functools.partial(save, job=job), state if state["update"] else None)
         state = dict(job=job, update=0)
-        tested = valid if args.no_test else test
-        score, counted = (evaluate(model, frontend, tested, args, device, rank, world)
-                          if tested is test else (best, None))
+        if args.no_test:
+            tested, score, counted = valid, best, None
+        else:
+            tested, (score, counted) = test, evaluate(model, frontend, test, args, device, rank, world)
         line = dict(fold=fold, fraction=fraction, metric=data.metric, score=score, valid=best,
                     classes=counted, train=training.fingerprint(), test=tested.fingerprint(),
                     minutes=round((time.time() - began) / 60, 2), args=vars(args))
@@ -664,5 +667,5 @@ if __name__ == "__main__":
         sys.stderr.write(f"finetune.py: {error}\n")
         sys.exit(2)
     except torch.OutOfMemoryError:
-        sys.stderr.write("finetune.py: out of GPU memory: give a smaller --micro-batch, for the same result\n")
+        sys.stderr.write("finetune.py: out of GPU memory: give a smaller --micro-batch\n")
         sys.exit(2)

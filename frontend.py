@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-SAMPLE_RATE = 16_000  # Hz. The paper names none; all lengths below follow from it
+SAMPLE_RATE = 16_000  # Hz. The paper names none; WINDOW and HOP are for this rate
 WINDOW = 1024         # samples: 64 ms
 HOP = 320             # samples: 20 ms
 MELS = 64
@@ -29,9 +29,9 @@ def mel_to_hz(mel):
 def mel_filters():
     """Weights (WINDOW / 2 + 1, MELS) that sum the bins of a power spectrum into mel bands.
 
-    Triangles from 0 Hz to half the sample rate, evenly spaced in mel, each over its two
-    neighbours' centres. Slaney's normalisation divides by the width in Hz, so that white noise
-    has the same level in all bands.
+    Triangles, their centres evenly spaced in mel between 0 Hz and half the sample rate, each reaching
+    from its left neighbour's centre to its right neighbour's. Slaney's normalisation divides by the
+    width in Hz, so that white noise has the same level in all bands.
     """
     top = 15 + 27 * math.log(SAMPLE_RATE / 2 / 1000) / math.log(6.4)
     edges = mel_to_hz(torch.linspace(0, top, MELS + 2, dtype=torch.float64))
@@ -44,7 +44,7 @@ def mel_filters():
 def frame_count(samples):
     """Number of frames T of a waveform of `samples` samples (an int or an integer tensor).
 
-    One frame a full hop, and never none: 160,000 samples (10 s) give 500.
+    One frame for each whole hop, at least one: 160,000 samples (10 s) give 500.
     """
     frames = samples // HOP
     return frames.clamp(min=1) if torch.is_tensor(frames) else max(frames, 1)
@@ -106,18 +106,18 @@ class LogMel(nn.Module):
         self.std.copy_((squares / count - mean.square()).clamp(min=1e-4).sqrt())
 
 
-def resample(waveform, from_rate, to_rate, zeros=64, attenuation=80.0):
+def resample(waveform, from_rate, to_rate):
     """Change the sample rate by band-limited interpolation; nothing is shifted in time.
 
     waveform (..., S) float at `from_rate` Hz -> (..., ceil(S * to_rate / from_rate)) at `to_rate`.
     An output sample is the input convolved with a low-pass filter that is centred on the sample's
-    own time: a sinc of `zeros` zero crossings on either side under a Kaiser window, which holds
-    all that would alias `attenuation` dB down (its shape and the width of the transition, 8% of
-    the lower rate's Nyquist frequency at these defaults, are Kaiser's of 1974). Where the output
-    falls between the input samples repeats with a cycle of to_rate / gcd outputs, so few filters
-    serve a whole recording (polyphase): a matrix product of windows of input and filters.
+    own time: a sinc of 64 zero crossings on either side under a Kaiser window (Kaiser 1974), which
+    damps what would alias by 80 dB; its transition is 8% of the lower rate's Nyquist frequency. Where
+    the output falls between the input samples repeats with a cycle of to_rate / gcd outputs, so few
+    filters serve a whole recording (polyphase): a matrix product of windows of input and filters.
     Raises ValueError for a rate that is not a positive whole number.
     """
+    zeros, attenuation = 64, 80.0                     # zero crossings on either side; dB
     if min(from_rate, to_rate) < 1 or from_rate != int(from_rate) or to_rate != int(to_rate):
         raise ValueError(f"sample rates must be positive whole numbers, not {from_rate}, {to_rate}")
     if from_rate == to_rate or waveform.shape[-1] == 0:

@@ -1,6 +1,6 @@
 """Pre-train a conformer on unlabelled sound (Sec. 2).
 
-On a laptop, three minutes of the tiny model on synthetic sounds:
+On a laptop, 2.5 minutes of the tiny model on synthetic sounds:
     python pretrain.py
 Your own recordings, decoded once, then trained on:
     python datasets.py pack /my/sounds packed
@@ -50,8 +50,8 @@ SCHEDULES = {
 }
 
 # What a run can't change halfway without becoming another one.
-SAME_ON_RESUME = ("size", "changes", "data", "seed", "seconds", "batch_size", "updates", "warmup", "lr",
-                  "weight_decay", "clip")
+SAME_ON_RESUME = ("size", *SIZES["tiny"], *COMMON, "data", "seed", "seconds", "batch_size", "updates", "warmup",
+                  "lr", "weight_decay", "clip")
 
 
 PATIENCE = 10       # updates in a row that may be skipped because loss or gradient are not finite
@@ -62,7 +62,7 @@ PATIENCE = 10       # updates in a row that may be skipped because loss or gradi
 def start(device=None):
     """Join the processes that torchrun started, if it did: returns (device, rank, world size).
 
-    device names one, else CUDA, then MPS, then the CPU is taken.
+    device: cuda, mps or cpu; None: the first of these that there is.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
@@ -74,12 +74,12 @@ def start(device=None):
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if cuda and device != "cpu" else "gloo")
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return torch.device(device), rank, world
 
 
 def check_batch(args, world):
-    """Raise InputError where the batch can't be shared out."""
+    """Raise InputError where the batch can't be shared out, or several processes were to be timed."""
     share = args.batch_size // world
     if args.benchmark and world > 1:
         raise InputError("--benchmark is for one process: start it without torchrun")
@@ -208,7 +208,7 @@ def adam(parameters, args, device):
 
 
 def seed_of(*numbers):
-    """One 64-bit seed from several numbers, far from the seeds of their neighbours."""
+    """One 63-bit seed from several numbers, far from the seeds of their neighbours."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
@@ -529,6 +529,7 @@ def main(args):
     last_done, warned = first, None
     loader = batches(source, args.batch_size, args.updates, args.seed, first, rank, world,
                      args.workers, samples)
+    # waveform (B, S) int16 and lengths (B,) in samples, on the CPU; numbers (B,) of the clips in the source.
     for update, (waveform, lengths, numbers) in enumerate(loader, first):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(update, args.lr, args.warmup, args.updates)
@@ -616,5 +617,5 @@ if __name__ == "__main__":
         sys.stderr.write(f"pretrain.py: {error}\n")
         sys.exit(2)
     except torch.OutOfMemoryError:
-        sys.stderr.write("pretrain.py: out of GPU memory: give a smaller --micro-batch, for the same result\n")
+        sys.stderr.write("pretrain.py: out of GPU memory: give a smaller --micro-batch\n")
         sys.exit(2)

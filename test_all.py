@@ -386,10 +386,11 @@ def test_equal_distractors_are_left_out_and_hopeless_steps_dropped():
     context, targets = torch.randn(1, 4, 8), torch.randn(1, 4, 8)
     targets[0, 1] = targets[0, 0]
     distractors = torch.tensor([[[1, 1], [0, 2], [0, 3], [0, 1]]])
-    loss, at = wav2vec2.contrastive_loss(context, targets, distractors)
+    valid = torch.ones(1, 4, dtype=torch.bool)
+    loss, at = wav2vec2.contrastive_loss(context, targets, distractors, valid, 0.1)
     assert at["counts"].tolist() == [[False, True, True, True]]
     assert at["duplicates"].tolist() == [[1.0, 0.5, 0.0, 0.0]]
-    only_2, _ = wav2vec2.contrastive_loss(context, targets, torch.tensor([[[1], [2], [0], [0]]]))
+    only_2, _ = wav2vec2.contrastive_loss(context, targets, torch.tensor([[[1], [2], [0], [0]]]), valid, 0.1)
     assert loss[0, 0] == 0 and loss[0, 1].item() == pytest.approx(only_2[0, 1].item())
 
 
@@ -398,9 +399,9 @@ def test_collapsed_latents_give_no_reward():
     context, valid = torch.randn(2, 10, 8), torch.ones(2, 10, dtype=torch.bool)
     distractors = wav2vec2.sample_distractors(torch.rand(2, 10, 100), valid)
     nearly = torch.ones(2, 10, 8) + 1e-4 * torch.randn(2, 10, 8)
-    loss, _ = wav2vec2.contrastive_loss(context, nearly, distractors, valid)
+    loss, _ = wav2vec2.contrastive_loss(context, nearly, distractors, valid, 0.1)
     torch.testing.assert_close(loss, torch.full((2, 10), math.log(101)), atol=2e-2, rtol=0)
-    _, at = wav2vec2.contrastive_loss(context, torch.ones(2, 10, 8), distractors, valid)
+    _, at = wav2vec2.contrastive_loss(context, torch.ones(2, 10, 8), distractors, valid, 0.1)
     assert not at["counts"].any() and (at["duplicates"] == 1).all()
 
 
@@ -972,6 +973,14 @@ def test_labels_of_the_data_sets(tmp_path):
     assert sorted(np.bincount([own[0] for own in data.subset(np.flatnonzero(data.splits == "test")).labels])) == [2, 2]
 
 
+def test_a_fifth_of_each_class_is_held_out_of_a_table_without_splits(tmp_path):
+    """Though no two clips have the same labels."""
+    lines = [f"{i}.wav,{'ab'[i % 2]};{i}" for i in range(20)]
+    (tmp_path / "mine.csv").write_text("\n".join(["file,labels", *lines]))
+    clips, _ = datasets.own_table(tmp_path / "mine.csv")
+    assert sorted(clip.labels[0] for clip in clips if clip.split == "test") == ["a", "a", "b", "b"]
+
+
 def test_magnatagatune_keeps_the_most_frequent_tags(tmp_path):
     mini_magnatagatune(tmp_path)
     clips, classes = datasets.magnatagatune(datasets.Tree(tmp_path), top=1)
@@ -1252,7 +1261,7 @@ def test_classifier_gives_a_clip_the_same_answer_padded(head):
     padded = model(torch.cat([log_mel, torch.randn(1, 9, 64)], 1), torch.arange(31)[None] >= 22)
     torch.testing.assert_close(padded, model(log_mel), atol=1e-5, rtol=1e-5)
     if head == "frames":
-        frames, _ = model.frame_logits(log_mel)
+        frames = model.classify(model.encoder.encode(log_mel)[0])
         torch.testing.assert_close(model(log_mel).sigmoid(), finetune.linear_softmax(frames.sigmoid()))
 
 
@@ -1318,7 +1327,7 @@ def test_split_never_trains_on_what_it_tests():
 def test_split_holds_out_a_tenth_where_there_are_no_folds():
     data = labelled([(0,), (1,)] * 20, splits=["train"] * 30 + ["test"] * 10)
     training, valid, test = finetune.split(data, None, 1.0, finetune.parse(["--validate"]))
-    assert (len(training), len(valid), len(test)) == (26, 4, 10)
+    assert (len(training), len(valid), len(test)) == (28, 2, 10)
     assert set(training.splits) | set(valid.splits) == {"train"} and not set(training.names) & set(valid.names)
     data = labelled([(0,), (1,)] * 20, splits=["train"] * 30 + ["valid"] * 4 + ["test"] * 6)
     assert [len(part) for part in finetune.split(data, None, 1.0, finetune.parse([]))] == [30, 4, 6]
@@ -1715,7 +1724,7 @@ def test_predict_says_what_the_model_says(finetuned, tmp_path):
     model, frontend, classes = finetune.load(finetuned)
     with torch.no_grad():
         wave = torch.from_numpy(datasets.read_audio(sounds[1]))
-        frames, _ = model.frame_logits(frontend(wave[None]))
+        frames = model.classify(model.encoder.encode(frontend(wave[None]))[0])
         expected = model(frontend(wave[None])).sigmoid()[0]
     for name, value in zip(classes, expected.tolist()):
         assert middle["probabilities"][name] == pytest.approx(value, abs=1e-4)
@@ -1824,8 +1833,8 @@ def test_a_run_is_not_overwritten_nor_changed_halfway(pretrained):
     options, folder = pretrained
     message = run("pretrain.py", *options, "--out", folder, code=2)
     assert "--resume" in message and "--out" in message
-    message = run("pretrain.py", *options, "--out", folder, "--resume", "--seed", 1, code=2)
-    assert "--seed 0, not 1" in message
+    message = run("pretrain.py", *options, "--out", folder, "--resume", "--width", 32, code=2)
+    assert "--width 16, not 32" in message
 
 
 def test_a_run_that_explodes_leaves_no_checkpoint(pretrained, tmp_path):

@@ -136,21 +136,18 @@ def sample_distractors(noise, valid):
     return index.clamp(max=valid.shape[1] - 1)      # one masked step alone: meaningless, but an index
 
 
-def contrastive_loss(context, targets, distractors, valid=None, temperature=0.1):
+def contrastive_loss(context, targets, distractors, valid, temperature):
     """Eq. 1: find each masked step's own latent among K distractors, by cosine similarity.
 
     context c and targets z (B, M, C) at the masked steps; distractors (B, M, K) indices into M;
-    valid (B, M) says which steps are masked ones. Similarities are divided by `temperature`; the
-    equation prints none, which is 1.0.
+    valid (B, M) says which steps are masked ones. Similarities are divided by `temperature`, which
+    is 1.0 in the equation as printed.
 
     Returns the loss (B, M) in nats at each step, 0 where it does not count, and a dictionary of
     (B, M) figures: `counts`, `correct`, `chance`, `duplicates`. A distractor that is equal to the
     target (silence, a loop) has no right answer: it is left out, and a step that has none left does
-    not count. Left out of the logits but counted all the same, a collapsed model would have loss 0.
+    not count. If such a step counted, its loss would be 0, and a collapsed model would look perfect.
     """
-    B, M, K = distractors.shape
-    if valid is None:
-        valid = distractors.new_ones(B, M, dtype=torch.bool)
     with torch.autocast(context.device.type, enabled=False):     # bf16 would blur the differences
         similarity = F.normalize(context.float(), dim=2) @ F.normalize(targets.float(), dim=2).mT
     equal = (targets[:, :, None] == targets[:, None]).all(3)                    # (B, M, M)
