@@ -62,6 +62,25 @@ def run(script, *options, code=0, processes=None, cwd=HERE):
     return result.stdout if code == 0 else result.stderr
 
 
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """`run` within this process, which spares the start of another."""
+    def run_here(script, *options, code=0):
+        monkeypatch.setattr(sys, "argv", [str(HERE / script), *map(str, options)])
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        ended = 0
+        try:
+            runpy.run_path(str(HERE / script), run_name="__main__")
+        except SystemExit as end:
+            ended = end.code
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        printed = capsys.readouterr()
+        assert ended == code, printed.out + printed.err
+        return printed.out if code == 0 else printed.err
+    return run_here
+
+
 def run_patched(patch, script, *options, code=0, processes=None):
     """The same after some lines of Python that change a module: for what happens by chance to others."""
     name = script.removesuffix(".py")
@@ -915,11 +934,11 @@ MINIATURES = {name: write for name, write in MINIATURES.items() if write}
 
 
 @pytest.mark.parametrize("name", MINIATURES)
-def test_each_data_set_is_trained_on_as_it_lies_on_disk(tmp_path, name):
+def test_each_data_set_is_trained_on_as_it_lies_on_disk(tmp_path, name, run_here):
     """And a pack of it holds the same clips with the same labels."""
     there, missing, unreadable, trained = MINIATURES[name](tmp_path / "data")
     root = tmp_path / "data" / "mine.csv" if name == "csv" else tmp_path / "data"
-    printed = run("finetune.py", "--data", name, "--root", root, "--updates", 2, "--batch-size", 4,
+    printed = run_here("finetune.py", "--data", name, "--root", root, "--updates", 2, "--batch-size", 4,
                   "--out", tmp_path / "run")
     assert f"{name}: {there} clips" in printed
     assert f"{missing} missing, {unreadable} unreadable" in printed
@@ -933,14 +952,14 @@ def test_each_data_set_is_trained_on_as_it_lies_on_disk(tmp_path, name):
     assert dict(zip(packed.names, packed.splits)) == dict(zip(direct.names, direct.splits))
 
 
-def test_fine_tuning_from_a_pack(tmp_path):
+def test_fine_tuning_from_a_pack(tmp_path, run_here):
     write_esc50(tmp_path / "data")
-    run("datasets.py", "pack", tmp_path / "data", tmp_path / "packed", "--data", "esc10")
-    printed = [re.sub("[0-9.]+ min", "", run(
+    run_here("datasets.py", "pack", tmp_path / "data", tmp_path / "packed", "--data", "esc10")
+    printed = [re.sub("[0-9.]+ min", "", run_here(
         "finetune.py", "--data", "esc10", "--updates", 2, "--batch-size", 4, "--root", tmp_path / place, "--out",
         tmp_path / "runs" / place)).replace(place, "") for place in ("data", "packed")]
     assert printed[0] == printed[1]
-    assert "packed esc10, not esc50" in run("finetune.py", "--data", "esc50", "--root", tmp_path / "packed",
+    assert "packed esc10, not esc50" in run_here("finetune.py", "--data", "esc50", "--root", tmp_path / "packed",
                                             "--out", tmp_path / "other", code=2)
 
 
@@ -1566,19 +1585,19 @@ def test_a_collapsed_model_is_told_of(pretrained, tmp_path):
     assert message.count("collapsed") == 1
 
 
-def test_tensorboard_is_asked_for_in_a_line(pretrained, tmp_path):
-    patch = "sys.modules['torch.utils.tensorboard'] = None"
-    message = run_patched(patch, "pretrain.py", *pretrained[0], "--out", tmp_path / "run", "--tensorboard", code=2)
+def test_tensorboard_is_asked_for_in_a_line(pretrained, tmp_path, monkeypatch, run_here):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    message = run_here("pretrain.py", *pretrained[0], "--out", tmp_path / "run", "--tensorboard", code=2)
     assert "pip install tensorboard" in message
 
 
 @pytest.mark.parametrize("script", ["pretrain.py", "finetune.py"])
-def test_benchmark_prints_where_the_time_goes(pretrained, tmp_path, script):
+def test_benchmark_prints_where_the_time_goes(pretrained, tmp_path, script, run_here):
     options = pretrained[0]
     if script == "finetune.py":
         write_esc50(tmp_path)
         options = ["--data", "esc10", "--root", tmp_path, "--batch-size", 2]
-    printed = run(script, *options, "--benchmark", 2, "--out", tmp_path / "run")
+    printed = run_here(script, *options, "--benchmark", 2, "--out", tmp_path / "run")
     rows = dict(re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in printed.splitlines()[-10:])
     assert {"clips/s", "waiting for data, ms", "frontend, ms", "forward, ms", "backward, ms", "optimiser, ms"} <= set(rows)
     clips, hours = (float(rows[name].split()[0]) for name in ("clips/s", "hours/hour"))
@@ -1623,11 +1642,11 @@ def test_two_processes_train_as_one(pretrained, tmp_path):
         torch.testing.assert_close(one[name], two[name], atol=1e-4, rtol=1e-3)
 
 
-def test_pretraining_from_a_folder_and_from_synth(tmp_path):
+def test_pretraining_from_a_folder_and_from_synth(tmp_path, run_here):
     write_wav(tmp_path / "in" / "a.wav", 5)
     write_wav(tmp_path / "in" / "b.mp3", 3, 44_100)
     for i, data in enumerate((tmp_path / "in", "synth")):
-        run("pretrain.py", "--data", data, *SMALL_OPTIONS, "--seconds", 1, "--batch-size", 2,
+        run_here("pretrain.py", "--data", data, *SMALL_OPTIONS, "--seconds", 1, "--batch-size", 2,
             "--updates", 2, "--out", tmp_path / str(i))
         assert read_log(tmp_path / str(i))[-1]["update"] == 2
 
@@ -1640,10 +1659,10 @@ def test_workers_may_be_spawned(pretrained, tmp_path):
     assert same_run(whole, tmp_path / "run")
 
 
-def test_fine_tuning_over_folds_from_a_checkpoint(pretrained, tmp_path):
+def test_fine_tuning_over_folds_from_a_checkpoint(pretrained, tmp_path, run_here):
     write_esc50(tmp_path)
     for options in (["--loss", "ce"], ["--freeze", "--head", "frames", "--augment", "--consistency", 0]):
-        printed = run("finetune.py", "--data", "esc50", "--root", tmp_path, "--init", pretrained[1],
+        printed = run_here("finetune.py", "--data", "esc50", "--root", tmp_path, "--init", pretrained[1],
                       "--fold", "all", "--fraction", 1, 0.5, "--updates", 3, "--batch-size", 4,
                       "--out", tmp_path / f"run{len(options)}", *options)
         assert printed.count("mean accuracy over 5 folds") == 2
@@ -1658,9 +1677,9 @@ def test_fine_tuning_over_folds_from_a_checkpoint(pretrained, tmp_path):
     assert all(torch.equal(before[name], after[f"encoder.{name}"]) for name in before)   # frozen
 
 
-def test_fine_tuning_learns_tones(tmp_path):
+def test_fine_tuning_learns_tones(tmp_path, run_here):
     write_esc50(tmp_path)
-    printed = run("finetune.py", "--data", "esc50", "--root", tmp_path, "--updates", 30, "--batch-size",
+    printed = run_here("finetune.py", "--data", "esc50", "--root", tmp_path, "--updates", 30, "--batch-size",
                   6, "--lr", 3e-3, "--out", tmp_path / "run")
     assert "accuracy 1.000 on 6 clips" in printed
 
@@ -1715,11 +1734,11 @@ def finetuned(pretrained, tmp_path_factory):
     return folder / "run"
 
 
-def test_predict_says_what_the_model_says(finetuned, tmp_path):
+def test_predict_says_what_the_model_says(finetuned, tmp_path, run_here):
     for name, seconds in (("short.wav", 0.1), ("middle.flac", 3), ("long.mp3", 130)):
         write_wav(tmp_path / name, seconds, 22_050, frequency=900)
     sounds = [tmp_path / name for name in ("short.wav", "middle.flac", "long.mp3")]
-    printed = run("finetune.py", "--predict", *sounds, "--init", finetuned, "--json", "--threshold", 0.3)
+    printed = run_here("finetune.py", "--predict", *sounds, "--init", finetuned, "--json", "--threshold", 0.3)
     short, middle, long = map(json.loads, printed.splitlines())
     model, frontend, classes = finetune.load(finetuned)
     with torch.no_grad():
@@ -1733,15 +1752,15 @@ def test_predict_says_what_the_model_says(finetuned, tmp_path):
         heard[round(onset / 0.08):round(offset / 0.08), classes.index(name)] = True
     assert torch.equal(heard, frames[0].sigmoid() > 0.3) and heard.any()
     assert len(short["probabilities"]) == 3 and max(offset for _, offset, _ in long["events"]) > 125
-    assert "middle.flac" in run("finetune.py", "--predict", sounds[1], "--init", finetuned / "fold1_fraction1.pt")
+    assert "middle.flac" in run_here("finetune.py", "--predict", sounds[1], "--init", finetuned / "fold1_fraction1.pt")
 
 
-def test_embeddings_of_any_run(finetuned, pretrained, tmp_path):
+def test_embeddings_of_any_run(finetuned, pretrained, tmp_path, run_here):
     for i in range(2):
         write_wav(tmp_path / f"{i}.wav", 1 + 70 * i, frequency=300 + 400 * i)
     sounds = [tmp_path / f"{i}.wav" for i in range(2)]
-    run("finetune.py", "--embed", *sounds, "--init", finetuned, "--out", tmp_path / "clips.npy")
-    run("finetune.py", "--embed", *sounds, "--init", pretrained[1], "--frames", "--out", tmp_path / "frames.npz")
+    run_here("finetune.py", "--embed", *sounds, "--init", finetuned, "--out", tmp_path / "clips.npy")
+    run_here("finetune.py", "--embed", *sounds, "--init", pretrained[1], "--frames", "--out", tmp_path / "frames.npz")
     clips, frames = np.load(tmp_path / "clips.npy"), np.load(tmp_path / "frames.npz")
     assert clips.shape == (2, 16) and [len(frames[str(sound)]) for sound in sounds] == [13, 750 + 138]
     wave = torch.from_numpy(datasets.read_audio(sounds[0]))
@@ -1806,8 +1825,7 @@ class Evil:
     ("finetune.py", ["--stages", "1", "1", "1"], "--stages"),
     ("datasets.py", ["pack", "nowhere", "out"], "nowhere"),
     ("datasets.py", ["pack", "EMPTY", "out"], "no recordings")])
-def test_bad_input_gets_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, script, options, word):
-    """The scripts run within this process, which spares the start of forty more."""
+def test_bad_input_gets_one_line_and_exit_code_2(tmp_path, monkeypatch, run_here, script, options, word):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.pt").write_text("no checkpoint")
     torch.save(dict(model=Evil()), tmp_path / "evil.pt")
@@ -1818,27 +1836,21 @@ def test_bad_input_gets_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, 
     for placeholder, name in dict(TABLE="table.csv", GOOD="good.csv", EMPTY="empty", TEXT="text.pt", EVIL="evil.pt", OTHER="other.pt").items():
         options = [option.replace(placeholder, name) for option in options]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [str(HERE / script), *options])
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(HERE / script), run_name="__main__")
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    message = capsys.readouterr().err
-    assert end.value.code == 2 and word in message and message.count("\n") == 1, message
+    message = run_here(script, *options, code=2)
+    assert word in message and message.count("\n") == 1, message
     assert not (tmp_path / "code_ran").exists()
 
 
-def test_a_run_is_not_overwritten_nor_changed_halfway(pretrained):
+def test_a_run_is_not_overwritten_nor_changed_halfway(pretrained, run_here):
     options, folder = pretrained
-    message = run("pretrain.py", *options, "--out", folder, code=2)
+    message = run_here("pretrain.py", *options, "--out", folder, code=2)
     assert "--resume" in message and "--out" in message
-    message = run("pretrain.py", *options, "--out", folder, "--resume", "--width", 32, code=2)
+    message = run_here("pretrain.py", *options, "--out", folder, "--resume", "--width", 32, code=2)
     assert "--width 16, not 32" in message
 
 
-def test_a_run_that_explodes_leaves_no_checkpoint(pretrained, tmp_path):
+def test_a_run_that_explodes_leaves_no_checkpoint(pretrained, tmp_path, run_here):
     options, _ = pretrained
-    message = run("pretrain.py", *options, "--lr", 1e6, "--clip", 1e6, "--warmup", 0, "--updates", 60,
+    message = run_here("pretrain.py", *options, "--lr", 1e6, "--clip", 1e6, "--warmup", 0, "--updates", 60,
                   "--temperature", 1e-12, "--out", tmp_path / "run", code=2)
     assert "not finite" in message and not (tmp_path / "run" / "checkpoint.pt").exists()
