@@ -54,7 +54,7 @@ DEFAULTS = dict(updates=2000, batch_size=32, lr=5e-4, seconds=10.0, head="mean",
                 balance=False, augment=["jitter", "time_mask", "mixup"], consistency=2.0)
 RECIPES = {
     "synth": dict(updates=250, lr=1e-3, augment=[], consistency=0.0),       # augmented: mAP 0.60, not 0.68
-    "esc10": dict(updates=400, batch_size=16, lr=1e-3, seconds=3.0, augment=[], consistency=0.0),
+    "esc10": dict(updates=1300, batch_size=16, lr=1e-3, seconds=3.0, consistency=0.0),
     "esc50": dict(updates=4000),
     "audioset": dict(updates=60_000, batch_size=640, lr=3e-4, head="frames", balance=True),
     "audioset-balanced": dict(updates=20_000, batch_size=64, lr=3e-4, head="frames"),
@@ -245,7 +245,7 @@ def parse(argv=None):
                        "as in the paper, or, where a clip has one label, cross-entropy (%(default)s)")
     group.add_argument("--augment", nargs="*", choices=["jitter", "time_mask", "mixup"], metavar="NAME",
                        help="which of jitter, time_mask and mixup (Sec. 4.1) to apply; --augment alone: "
-                       "none (all; synth and esc10, whose runs are short, none)")
+                       "none (all; synth, whose runs are short, none)")
     group.add_argument("--consistency", type=in_range(float, 0, 1e6), help="weight of the consistency loss "
                        "(Sec. 4.2): augment each clip twice and pull the two predictions together; 0 "
                        "switches it off and halves the time (2; synth and esc10 0)")

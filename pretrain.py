@@ -433,19 +433,24 @@ def tensorboard(out):
     return SummaryWriter(out)
 
 
-TOTALS = ("count", "dropped")       # of the figures of `Pretraining`; the others are means
+def weight(name, count, dropped):
+    """What a part's figure of `Pretraining` counts for when parts are put together: means, for their
+    number of masked steps (those of the loss, for those that count); numbers of steps are sums."""
+    if name in ("count", "dropped"):
+        return 1
+    return count if name in ("loss", "accuracy", "chance") else count + dropped
 
 
 def total(results):
-    """Of several parts of a batch: sums of the figures, means weighted by their masked steps."""
-    return [sum(getattr(result, name) * (1 if name in TOTALS else result.count) for result in results)
+    """Of several parts of a batch: sums of the weighted figures, in the order of `Pretraining`."""
+    return [sum(getattr(result, name) * weight(name, result.count, result.dropped) for result in results)
             for name in Pretraining._fields]
 
 
 def means(sums):
     """Back from `total`, of one or all processes, to figures: a dictionary."""
     sums = dict(zip(Pretraining._fields, sums))
-    return {name: value if name in TOTALS else value / max(sums["count"], 1) for name, value in sums.items()}
+    return {name: value / max(weight(name, sums["count"], sums["dropped"]), 1) for name, value in sums.items()}
 
 
 def offenders(model, frontend, waveform, lengths, noise, names):
@@ -526,7 +531,7 @@ def main(args):
                  "chance is what a blind guess gets"))
     bar = tqdm(total=args.updates, initial=first, disable=rank > 0, unit=" updates", smoothing=0.05)
     began = last_time = time.time()
-    last_done, warned = first, None
+    last_done, warned = first, False
     loader = batches(source, args.batch_size, args.updates, args.seed, first, rank, world,
                      args.workers, samples)
     # waveform (B, S) int16 and lengths (B,) in samples, on the CPU; numbers (B,) of the clips in the source.
@@ -586,9 +591,9 @@ def main(args):
                     board.add_scalar(name, value, done)
                 bar.set_postfix_str(f"loss {shown['loss']:.2f} accuracy {shown['accuracy']:.2f} "
                                     f"(chance {shown['chance']:.2f}) lr {line['lr']:.1e} {speed:.0f} clips/s")
-                if (warning := diagnosis(shown)) != warned and warning:
+                if (warning := diagnosis(shown)) and not warned:
                     bar.write(f"update {done}: {warning}", sys.stderr)
-                warned = warning
+                warned = bool(warning)
         if done % args.checkpoint_every == 0 or done == args.updates or received:
             if not np.isfinite(sum(p.detach().abs().sum().item() for p in parameters)):
                 bar.close()

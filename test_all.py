@@ -1583,6 +1583,8 @@ def test_a_collapsed_model_is_told_of(pretrained, tmp_path):
              "pretrain.main, main = lambda args: (main(args), sys.exit(3)), pretrain.main")
     message = run_patched(patch, "pretrain.py", *pretrained[0], "--out", tmp_path / "run", code=3)
     assert message.count("collapsed") == 1
+    last = read_log(tmp_path / "run")[-1]
+    assert last["latent_cosine"] == pytest.approx(1) and last["duplicates"] == 1 and last["count"] == 0
 
 
 def test_tensorboard_is_asked_for_in_a_line(pretrained, tmp_path, monkeypatch, run_here):

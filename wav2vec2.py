@@ -56,7 +56,8 @@ def diagnosis(figures):
     """What is wrong with a pre-training of these figures (of `Pretraining`, as numbers), in words; or None."""
     if figures["latent_std"] < 0.01 or figures["latent_cosine"] > 0.99:
         return (f"the latents of a clip are nearly all alike (cosine {figures['latent_cosine']:.3f}, spread "
-                f"{figures['latent_std']:.3f}): collapsed. Lower --lr, warm up longer, look at the data")
+                f"{figures['latent_std']:.3f}): collapsed, or the data are silence. Lower --lr, warm up longer, "
+                "look at the data")
     if figures["duplicates"] > 0.5:
         return (f"{figures['duplicates']:.0%} of the distractors equal what is to be found: silence or loops "
                 "in the data teach nothing")
