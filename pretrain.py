@@ -1,6 +1,6 @@
 """Pre-train a conformer on unlabelled sound (Sec. 2).
 
-On a laptop, 2.5 minutes of the tiny model on synthetic sounds:
+On a laptop, under three minutes of the tiny model on synthetic sounds:
     python pretrain.py
 Your own recordings, decoded once, then trained on:
     python datasets.py pack /my/sounds packed
