@@ -633,7 +633,8 @@ def main(args):
         if args.no_test:
             tested, score, counted = valid, best, None
         else:
-            tested, (score, counted) = test, evaluate(model, frontend, test, args, device, rank, world)
+            tested = test
+            score, counted = evaluate(model, frontend, test, args, device, rank, world)
         line = dict(fold=fold, fraction=fraction, metric=data.metric, score=score, valid=best,
                     classes=counted, train=training.fingerprint(), test=tested.fingerprint(),
                     minutes=round((time.time() - began) / 60, 2), args=vars(args))

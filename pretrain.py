@@ -53,7 +53,6 @@ SCHEDULES = {
 SAME_ON_RESUME = ("size", *SIZES["tiny"], *COMMON, "data", "seed", "seconds", "batch_size", "updates", "warmup",
                   "lr", "weight_decay", "clip")
 
-
 PATIENCE = 10       # updates in a row that may be skipped because loss or gradient are not finite
 
 # --------------------------------------------------------- shared with finetune.py: processes, files

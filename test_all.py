@@ -93,6 +93,17 @@ def call(module, *options):
     module.main(module.parse([*map(str, options)]))
 
 
+def spy(patch, owner, name):
+    """Let `patch` (pytest's monkeypatch) note the calls of a function: a list of (inputs, output)."""
+    original, calls = getattr(owner, name), []
+
+    def noted(*inputs):
+        calls.append((inputs, original(*inputs)))
+        return calls[-1][1]
+    patch.setattr(owner, name, noted)
+    return calls
+
+
 def run_patched(patch, script, *options, code=0, processes=None):
     """`run` after some lines of Python that change a module: for what happens by chance to others."""
     name = script.removesuffix(".py")
@@ -1401,10 +1412,9 @@ def test_augmentations_that_were_chosen_are_applied_in_their_order(names, monkey
 
 def test_mixup_gets_partners_and_their_lengths(monkeypatch):
     wave, lengths = torch.randn(4, 16_000), torch.tensor([16_000, 9_000, 12_000, 5_000])
-    seen, mixup = [], augment.mixup
-    monkeypatch.setattr(augment, "mixup", lambda *inputs: (seen.append(inputs), mixup(*inputs))[1])
+    calls = spy(monkeypatch, augment, "mixup")
     finetune.augmented(wave, lengths, LogMel(), finetune.parse(["--augment", "mixup"]), torch.Generator().manual_seed(1))
-    (log_mel, partner, _, frames), = seen
+    ((log_mel, partner, _, frames), _), = calls
     order = [next(j for j in range(4) if torch.equal(x, log_mel[j])) for x in partner]
     assert sorted(order) == [0, 1, 2, 3] != order and frames.tolist() == [lengths[j] // 320 for j in order]
 
@@ -1723,7 +1733,8 @@ def test_updates_that_are_not_finite_are_skipped_and_counted(pretrained, tmp_pat
     call(pretrain, *pretrained[0], "--updates", 24, "--out", tmp_path / "run", "--log-every", 1)
     log = read_log(tmp_path / "run")
     assert [(line["update"], line["skipped"]) for line in log] == [(2 * n, n) for n in range(1, 13)]
-    assert all(w.isfinite().all() for w in pretrain.load_checkpoint(tmp_path / "run")["model"].values())
+    checkpoint = pretrain.load_checkpoint(tmp_path / "run")
+    assert checkpoint["skipped"] == 12 and all(w.isfinite().all() for w in checkpoint["model"].values())
 
 
 def test_a_run_that_stays_not_finite_stops_and_names_the_clips(pretrained, tmp_path, monkeypatch):
@@ -1811,20 +1822,21 @@ def gradients(run):
 
 def test_gradients_do_not_depend_on_how_the_batch_is_split(pretrained, tmp_path, monkeypatch):
     """And are those of the mean loss over all masked steps, taken in one piece."""
-    options, forward, seen = [*pretrained[0], "--dropout", 0, "--updates", 1, "--clip", 1e6], Wav2Vec2.forward, []
+    options = [*pretrained[0], "--dropout", 0, "--updates", 1, "--clip", 1e6]
     with monkeypatch.context() as patch:
-        patch.setattr(Wav2Vec2, "forward", lambda self, *inputs: (seen.append(inputs), forward(self, *inputs))[1])
+        calls = spy(patch, Wav2Vec2, "forward")
         call(pretrain, *options, "--out", tmp_path / "whole")
+    (_, *inputs), _ = calls[0]
     torch.manual_seed(0)
     model = Wav2Vec2("tiny", **SMALL, dropout=0.0)
-    model(*seen[0]).loss.backward()
+    model(*inputs).loss.backward()
     expected = torch.cat([p.grad.flatten() for p in model.parameters()])
-    torch.testing.assert_close(gradients(tmp_path / "whole"), expected, atol=1e-6, rtol=1e-5)
+    assert expected.norm() > 0.1
     call(pretrain, *options, "--micro-batch", 1, "--out", tmp_path / "passes of one clip")
     for processes in (2, 4):
         run("pretrain.py", *options, "--out", tmp_path / f"{processes} processes", processes=processes)
-    for name in ("passes of one clip", "2 processes", "4 processes"):
-        torch.testing.assert_close(gradients(tmp_path / name), expected, atol=1e-6, rtol=1e-5)
+    for name in ("whole", "passes of one clip", "2 processes", "4 processes"):
+        torch.testing.assert_close(gradients(tmp_path / name), expected, atol=1e-6, rtol=0)
 
 
 def test_two_processes_train_as_one(pretrained, tmp_path):
@@ -1913,27 +1925,27 @@ def test_two_processes_fine_tune_as_one(tmp_path, undropped):
     run("finetune.py", *options, "--out", tmp_path / "run2", processes=2)
     assert_close_weights(*(tmp_path / f"run{n}" / "fold1_fraction1.pt" for n in (1, 2)), atol=1e-5, rtol=1e-4)
     one, two = (json.loads((tmp_path / f"run{n}" / "results.jsonl").read_text()) for n in (1, 2))
-    assert one["score"] == two["score"] and one["test"] == two["test"]
+    assert one["score"] == two["score"] and one["test"] == two["test"] and one["test"].startswith("6 clips")
 
 
 def test_fine_tuning_in_parts_has_the_gradient_of_the_whole(tmp_path, undropped, monkeypatch):
     write_esc50(tmp_path)
-    clip, norms = torch.nn.utils.clip_grad_norm_, []
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *inputs: (norms.append(clip(*inputs)), norms[-1])[1])
+    calls = spy(monkeypatch, torch.nn.utils, "clip_grad_norm_")
     for extra in ([], ["--micro-batch", 2]):
         call(finetune, "--data", "esc50", "--root", tmp_path, "--updates", 3, "--batch-size", 6, "--head-dropout", 0,
              "--init", undropped, "--out", tmp_path / f"run{len(extra)}", *extra)
+    norms = [norm for _, norm in calls]
     torch.testing.assert_close(norms[:3], norms[3:], rtol=1e-4, atol=0)
 
 
 def test_balance_draws_by_class(tmp_path, undropped, monkeypatch):
     write_esc50(tmp_path)
-    batches, members = finetune.batches, []
-    monkeypatch.setattr(finetune, "batches", lambda *inputs: (members.append(inputs[-1]), batches(*inputs))[1])
+    calls = spy(monkeypatch, finetune, "batches")
     for extra in ("--balance", "--no-balance"):
         call(finetune, "--data", "esc50", "--root", tmp_path, "--updates", 1, "--batch-size", 2, "--init", undropped,
              extra, "--out", tmp_path / extra)
-    assert [len(clips) for clips in members[0]] == [8, 8, 8] and members[1] is None
+    balanced, plain = (inputs[-1] for inputs, _ in calls)
+    assert [len(clips) for clips in balanced] == [8, 8, 8] and plain is None
 
 
 @pytest.fixture(scope="module")
@@ -1982,6 +1994,8 @@ def test_embeddings_of_any_run(finetuned, pretrained, tmp_path, run_here):
     run_here("finetune.py", "--embed", *sounds, "--init", pretrained[1], "--frames", "--out", tmp_path / "frames.npz")
     clips, frames = np.load(tmp_path / "clips.npy"), np.load(tmp_path / "frames.npz")
     assert clips.shape == (2, 16) and [len(frames[str(sound)]) for sound in sounds] == [13, 750 + 138]
+    run_here("finetune.py", "--embed", *sounds, "--init", pretrained[1], "--out", tmp_path / "means.npy")
+    np.testing.assert_allclose(np.load(tmp_path / "means.npy")[1], frames[str(sounds[1])].mean(0), atol=1e-5)
     model, frontend, _ = finetune.load(pretrained[1])
     rest = torch.from_numpy(datasets.read_audio(sounds[1], 60.0))       # its second window
     with torch.no_grad():
@@ -2070,6 +2084,8 @@ def test_a_run_is_not_overwritten_nor_changed_halfway(pretrained, finetuned, run
     assert "--resume" in message and "--out" in message
     message = run_here("pretrain.py", *options, "--out", folder, "--resume", "--width", 32, code=2)
     assert "--width 16, not 32" in message
+    message = run_here("pretrain.py", *options, "--out", folder, "--resume", "--seed", 1, code=2)
+    assert "--seed 0, not 1" in message
     options = json.loads((finetuned / "results.jsonl").read_text())["args"]
     message = run_here("finetune.py", "--data", "esc50", "--root", options["root"], "--init", options["init"], "--head",
                        "frames", "--out", finetuned, "--resume", "--updates", 40, code=2)
