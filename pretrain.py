@@ -22,11 +22,9 @@ import functools
 import itertools
 import json
 import os
-import pickle
 import signal
 import sys
 import time
-import zipfile
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -160,8 +158,8 @@ def load_checkpoint(run, script="pretrain.py", keys=("settings", "frontend")):
         raise InputError(f"{path}: no checkpoint there; is the run's folder right?")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError):
-        raise InputError(f"{path}: not a checkpoint, or damaged; use another") from None
+    except Exception as error:      # there is no telling what reading other bytes as a pickle stumbles over
+        raise InputError(f"{path}: not a checkpoint, or damaged ({type(error).__name__}); use another") from None
     if not isinstance(checkpoint, dict) or not checkpoint.keys() >= {"model", "args", *keys}:
         raise InputError(f"{path}: not from {script}; name the folder of such a run")
     return checkpoint

@@ -2092,6 +2092,16 @@ def test_a_run_is_not_overwritten_nor_changed_halfway(pretrained, finetuned, run
     assert "--updates 20, not 40" in message
 
 
+def test_a_damaged_checkpoint_is_refused(pretrained, tmp_path):
+    """Cut off anywhere, or other bytes altogether."""
+    whole, random = (pretrained[1] / "checkpoint.pt").read_bytes(), np.random.default_rng(0)
+    damaged = [whole[:n] for n in np.linspace(0, len(whole) - 1, 20).astype(int)]
+    for content in [*damaged, b"junk", *(random.bytes(n) for n in range(1, 100))]:
+        (tmp_path / "checkpoint.pt").write_bytes(content)
+        with pytest.raises(InputError, match="not a checkpoint, or damaged"):
+            pretrain.load_checkpoint(tmp_path)
+
+
 def test_a_batch_has_to_divide():
     args = types.SimpleNamespace(batch_size=6, micro_batch=2, benchmark=None)
     pretrain.check_batch(args, 3)
