@@ -48,8 +48,9 @@ METRICS = dict(accuracy=metrics.accuracy, mAP=metrics.average_precisions, MAUC=m
                lwlrap=metrics.lwlrap)
 
 # What the options of the same names are when not given: DEFAULTS, but for what a data set's line says.
-# The paper names the batches of 640 and 64, the frame-level head and the balancing of AudioSet (Sec. 4);
-# the rest it found by sweeps that it does not print. ESC-10 and synth were tried here, the others not.
+# The paper names the batches of 640 and 64, the heads, AudioSet's balancing, the augmentations and the
+# weight of 2 (Sec. 4); the rest it found by sweeps that it does not print. ESC-10 and synth were tried
+# here, the others not.
 DEFAULTS = dict(updates=2000, batch_size=32, lr=5e-4, seconds=10.0, head="mean", head_dropout=0.1,
                 balance=False, augment=["jitter", "time_mask", "mixup"], consistency=2.0)
 RECIPES = {
@@ -133,7 +134,7 @@ class Classifier(nn.Module):
 
 def three_stages(update, updates, peak, shares=(0.3, 0.3, 0.4)):
     """Learning rate of Sec. 4.3: a linear warm-up from a hundredth of the peak, a hold, and an
-    exponential decay to a twentieth (start and end as in fairseq's tri-stage schedule)."""
+    exponential decay to a twentieth (start and end as wav2vec 2.0 is fine-tuned in fairseq)."""
     warmup, hold, decay = (share * updates for share in shares)
     if update < warmup:
         return peak * (0.01 + 0.99 * update / warmup)
@@ -173,8 +174,8 @@ def parse(argv=None):
                        "from another head, draws other clips (%(default)s)")
     group.add_argument("--device", choices=["cpu", "cuda", "mps"], help="(the best there is)")
     group.add_argument("--dtype", choices=["fp32", "bf16"], help="(bf16 on CUDA, else fp32)")
-    group.add_argument("--compile", action="store_true", help="compile the model with torch.compile: faster "
-                       "after a minute or more of compiling (needs a C++ compiler)")
+    group.add_argument("--compile", action="store_true", help="compile the model with torch.compile, for "
+                       "GPUs; takes minutes at first, needs a C++ compiler, and gains nothing on a CPU")
     group.add_argument("--benchmark", nargs="?", type=in_range(int, 1, 10**9), const=10, metavar="N",
                        help="train nothing: time N updates (%(const)s) and print where the time goes")
     group.add_argument("--workers", type=in_range(int, 0, 1024), default=0,

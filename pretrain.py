@@ -343,8 +343,8 @@ def parse(argv=None):
     group.add_argument("--workers", type=in_range(int, 0, 1024),
                        help="processes that read data (one a core, up to 8, "
                        "with a GPU; none without: the training takes the cores)")
-    group.add_argument("--compile", action="store_true", help="compile the model with torch.compile: faster "
-                       "after a minute or more of compiling (needs a C++ compiler)")
+    group.add_argument("--compile", action="store_true", help="compile the model with torch.compile, for "
+                       "GPUs; takes minutes at first, needs a C++ compiler, and gains nothing on a CPU")
     group.add_argument("--benchmark", nargs="?", type=count, const=10, metavar="N",
                        help="train nothing: time N updates (%(const)s) and print where the time goes")
     group.add_argument("--log-every", type=count, default=10,

@@ -696,7 +696,7 @@ def test_several_packs_are_one_source(tmp_path):
 @soak
 def test_soak_five_hundred_corrupted_files(tmp_path):
     """Good recordings in seven formats, some of them damaged in one of a dozen ways: pack ends, every
-    untouched file is in it, and what it took of the others is finite sound."""
+    untouched file is in it, and every other one too or listed with the reason."""
     random, damaged = np.random.default_rng(0), set()
     ways = [lambda b: b[:random.integers(1, len(b))], lambda b: b"", lambda b: b[random.integers(1, 60):],
             lambda b: random.bytes(len(b)), lambda b: random.bytes(100) + b, lambda b: b[:44],
@@ -712,6 +712,9 @@ def test_soak_five_hundred_corrupted_files(tmp_path):
     print(run("datasets.py", "pack", tmp_path / "in", tmp_path / "out"))
     names = (tmp_path / "out" / "names.txt").read_text().split()
     assert len(damaged) == 500 and not {f"{i:03}" for i in range(0, 600, 6)} - {name[:3] for name in names}
+    skipped = (tmp_path / "out" / "skipped.txt").read_text().splitlines()
+    assert sorted([*names, *(line.split(": ")[0] for line in skipped)]) == sorted(os.listdir(tmp_path / "in"))
+    assert all(line.split(": ", 1)[1] for line in skipped)                  # each with its reason
     shards = datasets.Shards(tmp_path / "out")
     for name, waveform in zip(names, shards):
         if name not in damaged:
