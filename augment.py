@@ -6,6 +6,7 @@ same numbers give the same result on any device, and a whole batch is done at on
 import math
 
 import torch
+from torch.nn import functional as F
 
 
 def jitter(waveform, noise, limit=200):
@@ -14,11 +15,9 @@ def jitter(waveform, noise, limit=200):
     waveform (B, S), noise (B,) -> (B, S). The paper calls 200 samples half the frame length, which is
     neither half a window (512) nor half a hop (160) of Sec. 2.2; its number is kept.
     """
-    samples = waveform.shape[1]
-    shift = (noise * (2 * limit + 1)).long() - limit                            # (B,)
-    source = torch.arange(samples, device=waveform.device) - shift[:, None]     # (B, S)
-    inside = (source >= 0) & (source < samples)
-    return waveform.gather(1, source.clamp(0, samples - 1)) * inside
+    shift = (noise * (2 * limit + 1)).long() - limit                                # (B,)
+    shifted = F.pad(waveform, (limit, limit)).unfold(1, waveform.shape[1], 1)       # (B, 2 limit + 1, S), a view
+    return shifted[torch.arange(len(waveform), device=waveform.device), limit - shift]
 
 
 def time_mask(log_mel, noise, padding_mask=None, share=0.2):
