@@ -56,7 +56,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def in_range(kind, low, high):
-    """An argparse type: an int or float from `low` to `high`."""
+    """An argparse type: an int or float from `low` to `high`, else argparse complains."""
     def parse(text):
         value = kind(text)
         if not low <= value <= high:            # so written, NaN is refused too
@@ -89,6 +89,8 @@ def open_audio(path):
         raise InputError(f"{path}: no sound in it (0 samples)")
     if NO_END in file.extra_info or any(int(size) < 2**31 - 1 for size in PROMISED.findall(file.extra_info)):
         raise InputError(f"{path}: cut off before its end; get it again")
+    if file.frames > 2**40:
+        raise InputError(f"{path}: does not say how long it is; convert it to .wav first")
     if not 1000 <= file.samplerate <= 768_000:
         raise InputError(f"{path}: a sample rate of {file.samplerate} Hz can't be right")
     return file
@@ -229,28 +231,27 @@ def pack(files, names, out, shard_hours=5.0, workers=None, keep_silent=False):
     while (out / f"shard_{len(shards):05}.json").exists():
         shards.append(json.loads((out / f"shard_{len(shards):05}.json").read_text()))
     done = shards[-1]["end"] if shards else 0
-    if not (out / "index.npy").exists():
-        limit, audio = int(shard_hours * 3600 * SAMPLE_RATE), None
-        for number, (path, waveform) in enumerate(decoded(files[done:], workers, "pack", done), done):
-            if audio is None:
-                shard = dict(kept=[], lengths=[], skipped=[])
-                audio = open(out / f"shard_{len(shards):05}.int16", "wb")
-            if (not keep_silent and not isinstance(waveform, str)
-                    and max(int(waveform.max()), -int(waveform.min())) < SILENCE):
-                waveform = "silent (--keep-silent packs it all the same)"
-            if isinstance(waveform, str):
-                shard["skipped"].append(f"{names[number]}: {waveform}")
-            else:
-                audio.write(waveform.astype("<i2").tobytes())
-                shard["kept"].append(number)
-                shard["lengths"].append(len(waveform))
-            if audio.tell() >= 2 * limit or number == len(files) - 1:
-                audio.flush()
-                os.fsync(audio.fileno())
-                audio.close()
-                write_whole(out / f"shard_{len(shards):05}.json", json.dumps({**shard, "end": number + 1}))
-                shards.append(shard)
-                audio = None
+    limit, audio = int(shard_hours * 3600 * SAMPLE_RATE), None
+    for number, (path, waveform) in enumerate(decoded(files[done:], workers, "pack", done), done):
+        if audio is None:
+            shard = dict(kept=[], lengths=[], skipped=[])
+            audio = open(out / f"shard_{len(shards):05}.int16", "wb")
+        if (not keep_silent and not isinstance(waveform, str)
+                and max(int(waveform.max()), -int(waveform.min())) < SILENCE):
+            waveform = "silent (--keep-silent packs it all the same)"
+        if isinstance(waveform, str):
+            shard["skipped"].append(f"{names[number]}: {waveform}")
+        else:
+            audio.write(waveform.astype("<i2").tobytes())
+            shard["kept"].append(number)
+            shard["lengths"].append(len(waveform))
+        if audio.tell() >= 2 * limit or number == len(files) - 1:
+            audio.flush()
+            os.fsync(audio.fileno())
+            audio.close()
+            write_whole(out / f"shard_{len(shards):05}.json", json.dumps({**shard, "end": number + 1}))
+            shards.append(shard)
+            audio = None
     kept = [number for shard in shards for number in shard["kept"]]
     lengths = [length for shard in shards for length in shard["lengths"]]
     order = sorted(range(len(kept)), key=lambda i: lengths[i] < SAMPLE_RATE)    # under a second: last
@@ -258,12 +259,11 @@ def pack(files, names, out, shard_hours=5.0, workers=None, keep_silent=False):
     skipped = [line for shard in shards for line in shard["skipped"]]
     if not kept:
         raise InputError(f"{out}: none of the {len(files)} files is usable: {skipped[0]}, ...")
-    if not (out / "index.npy").exists():
-        index = np.concatenate([np.array([(n, end - length, length) for length, end in zip(
-            shard["lengths"], np.cumsum(shard["lengths"]))], INDEX) for n, shard in enumerate(shards)])
-        write_whole(out / "names.txt", "".join(f"{names[number]}\n" for number in kept))
-        write_whole(out / "skipped.txt", "".join(f"{line}\n" for line in skipped))
-        write_whole(out / "index.npy", lambda file: np.save(file, index[order]))
+    index = np.concatenate([np.array([(n, end - length, length) for length, end in zip(
+        shard["lengths"], np.cumsum(shard["lengths"]))], INDEX) for n, shard in enumerate(shards)])
+    write_whole(out / "names.txt", "".join(f"{names[number]}\n" for number in kept))
+    write_whole(out / "skipped.txt", "".join(f"{line}\n" for line in skipped))
+    write_whole(out / "index.npy", lambda file: np.save(file, index[order]))
     return kept, skipped
 
 
@@ -345,13 +345,13 @@ class Packed:
 
 
 def crop(waveform, samples, rng):
-    """A random part of `samples` samples, or all of what is shorter."""
+    """A random part of `samples` samples of a waveform (S,), or all of what is shorter."""
     start = rng.integers(max(len(waveform) - samples, 0) + 1)
     return waveform[start:start + samples]
 
 
 class Folder:
-    """The same from the recordings below a folder, decoded each time anew."""
+    """Crops as of `Packed` from the recordings below a folder, decoded each time anew."""
 
     def __init__(self, folder, seconds):
         self.seconds, self.recordings = seconds, []
@@ -359,8 +359,6 @@ class Folder:
             try:
                 with open_audio(path) as file:
                     duration = file.frames / file.samplerate
-                    if file.frames > 2**40:
-                        raise InputError(f"{path}: does not say how long it is")
             except InputError as error:
                 raise InputError(f"{error}; `python datasets.py pack` leaves such files out") from None
             if duration >= 1:
@@ -416,7 +414,7 @@ def _siren(rng, t, pitch, speed):
 
 
 def _bell(rng, t, pitch, speed):
-    since, which = _strokes(rng, t, 0.8 * speed, 0.3)
+    since, _ = _strokes(rng, t, 0.8 * speed, 0.3)
     ratios = np.array([0.5, 1, 1.19, 1.56, 2, 2.74, 3.76]) * rng.normal(1, 0.01, 7)
     return sum(np.exp(-since * r * 2.5) * np.sin(2 * np.pi * 600 * pitch * r * since) for r in ratios)
 
@@ -460,7 +458,7 @@ def _alarm(rng, t, pitch, speed):
 
 
 def _cricket(rng, t, pitch, speed):
-    group, which = _strokes(rng, t, 2.2 * speed, 0.1)
+    group, _ = _strokes(rng, t, 2.2 * speed, 0.1)
     pulse = np.clip(np.sin(2 * np.pi * 28 * speed * group), 0, 1)
     return _tone(np.full(len(t), 4300 * pitch)) * pulse * (group * 2.2 * speed < 0.6)
 
@@ -530,7 +528,10 @@ class Synth:
 
 
 def open_source(data, seconds):
-    """Unlabelled clips of `seconds` for pre-training: ["synth"], packed folders, or one other folder."""
+    """Unlabelled clips of `seconds` for pre-training: ["synth"], packed folders, or one other folder.
+
+    Raises InputError where there are none of a second at least.
+    """
     if data == ["synth"]:
         return Synth(seconds)
     if len(data) == 1 and not (Path(data[0]) / "source.txt").exists():
@@ -564,8 +565,8 @@ class Tree:
         for folder, folders, files in os.walk(root, followlinks=True):
             folders.sort()
             for name in sorted(files):
-                stem, ending = os.path.splitext(name)
-                kind, key = (self.recordings, stem) if ending.lower() in AUDIO else (self.tables, name)
+                bare, ending = os.path.splitext(name)
+                kind, key = (self.recordings, bare) if ending.lower() in AUDIO else (self.tables, name)
                 kind.setdefault(key, Path(folder) / name)
 
     def table(self, *names):
@@ -680,15 +681,15 @@ def kinetics700(tree):
             if not file.readline().startswith("label,youtube_id,time_start"):
                 continue
         for row in read_table(table, ("label", "youtube_id", "time_start", "time_end", "split")):
-            name, start, end = row["youtube_id"], row["time_start"], row["time_end"]
+            video, start, end = row["youtube_id"], row["time_start"], row["time_end"]
             if row["split"].strip() == "test":
                 continue
             split = "train" if row["split"].strip() == "train" else "test"
             try:
-                padded = f"{name}_{int(float(start)):06}_{int(float(end)):06}"
+                padded = f"{video}_{int(float(start)):06}_{int(float(end)):06}"
             except ValueError:
                 raise InputError(f"{table}: '{start}' and '{end}' are no times") from None
-            clips.append(Clip(padded, (row["label"],), split, [padded, f"{name}_{start}_{end}", name]))
+            clips.append(Clip(padded, (row["label"],), split, [padded, f"{video}_{start}_{end}", video]))
     if not clips:
         raise InputError(f"{tree.root}: no .csv below it with the columns label,youtube_id,time_start,"
                          "time_end,split")
@@ -732,7 +733,9 @@ def hold_out_fifth(clips):
     return clips
 
 
-# Name: (what reads its tables, metric). None for a metric: accuracy if all clips have one label.
+# Name: (reader of its tables, metric). A reader takes a Tree (folder and csv: the path) and returns the clips,
+# a list of Clip, and the names of the classes in order, or None: those of the clips, sorted. It raises InputError
+# for a table that is missing or odd. None for a metric: accuracy if all clips have one label, else mAP.
 LABELLED = {
     "synth": (None, "mAP"),
     "audioset": (functools.partial(audioset, parts=("balanced_train", "unbalanced_train")), "mAP"),
@@ -775,11 +778,11 @@ class Labelled:
         return part
 
     def waveform(self, i):
-        """Clip i, whole, int16."""
+        """Clip i, whole: int16 (S,)."""
         return np.array(self.waveforms[self.rows[i]])       # torch warns of arrays that are read-only
 
     def clip(self, i, rng):
-        """Clip i for training: a random crop of what is longer than `seconds`."""
+        """Clip i for training, a random crop of what is longer than `seconds`: int16 (S,)."""
         return crop(self.waveforms[self.rows[i]], round(self.seconds * SAMPLE_RATE), rng)
 
     def longest(self):
@@ -804,7 +807,8 @@ class Labelled:
         """A random part of the clips, drawn class by class so that no class is lost.
 
         A clip with several labels counts for the rarest of them. Smaller fractions of the same
-        seed are part of larger ones.
+        seed are part of larger ones. A set with clips under a second, which `pack` puts last, has others
+        when it is packed.
         """
         members = self.members()
         priority = np.random.default_rng(seed).permutation(len(self))       # of each clip
@@ -825,8 +829,7 @@ class Labelled:
         text = "\n".join(f"{name} {';'.join(sorted(self.classes[c] for c in own))}"
                          for name, own in sorted(zip(self.names, self.labels)))
         digest = hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:8]
-        some = np.linspace(0, len(self) - 1, min(len(self), 200)).astype(int)
-        some = some[np.argsort([self.names[i] for i in some])]
+        some = np.argsort(self.names)[np.linspace(0, len(self) - 1, min(len(self), 200)).astype(int)]
         frontend = LogMel()
         values = torch.cat([frontend(torch.from_numpy(self.waveform(i))[None])[0] for i in some])
         return f"{len(self)} clips {digest} log-mel {values.mean():.3f} +- {values.std():.3f}"
@@ -886,7 +889,7 @@ def labelled(data, root=None, workers=None, say=print):
         result = Labelled(waveforms, waveforms.lengths, [tuple(own) for own in content["labels"]],
                           content["classes"], waveforms.names, content["splits"],
                           content["metric"])
-        missing, reasons = content["missing"], (Path(root) / "skipped.txt").read_text().splitlines()
+        missing, reasons = content["missing"], (Path(root) / "skipped.txt").read_text("utf-8").split("\n")[:-1]
     else:
         clips, files, missing, classes, metric = read_tables(data, root)
         waveforms, kept, reasons, samples = [], [], [], 0
@@ -1023,7 +1026,7 @@ class Drawn(torch.utils.data.Dataset):
 
 
 def collate(clips, samples=None):
-    """Pad (waveform, number) pairs with zeros: waveform (B, S) int16, lengths (B,), numbers (B,).
+    """Pad (waveform (S,) int16, number) pairs with zeros: waveform (B, S), lengths (B,), numbers (B,).
 
     S is `samples`, or the length of the longest.
     """

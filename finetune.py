@@ -38,8 +38,8 @@ from conformer import Dropout
 from datasets import (LABELLED, InputError, Parser, batches, collate, download_esc50, in_range,
                       labelled, open_audio, read_audio)
 from frontend import HOP, SAMPLE_RATE, LogMel, frame_count
-from pretrain import (PATIENCE, Signals, adam, add_up, autocast, benchmark, check_batch,
-                      check_same_start, load_checkpoint, load_model, padding_of, run_so_far,
+from pretrain import (PATIENCE, Signals, adam, add_up, autocast, benchmark, batch_parts,
+                      check_same_start, load_checkpoint, load_encoder, load_model, padding_of, run_options, run_so_far,
                       same_options, save_checkpoint, seed_of, start, stop)
 from wav2vec2 import SIZES, Wav2Vec2
 
@@ -166,18 +166,7 @@ def parse(argv=None):
     group.add_argument("--init", nargs="?", const="runs/pretrain", metavar="RUN", help="start from "
                        "this pre-training run (no name: runs/pretrain); without it, from scratch")
     group.add_argument("--out", help="folder of this run (runs/finetune; from scratch runs/scratch)")
-    group.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, on any "
-                       "number of processes; where there is none yet, start")
-    group.add_argument("--checkpoint-every", type=in_range(int, 1, 10**9), default=500, help="updates between "
-                       "two checkpoints: what a killed run loses at most (%(default)s)")
-    group.add_argument("--seed", type=in_range(int, 0, 2**63 - 1), default=0, help="another seed starts "
-                       "from another head, draws other clips (%(default)s)")
-    group.add_argument("--device", choices=["cpu", "cuda", "mps"], help="(the best there is)")
-    group.add_argument("--dtype", choices=["fp32", "bf16"], help="(bf16 on CUDA, else fp32)")
-    group.add_argument("--compile", action="store_true", help="compile the model with torch.compile, for "
-                       "GPUs; takes minutes at first, needs a C++ compiler, and gains nothing on a CPU")
-    group.add_argument("--benchmark", nargs="?", type=in_range(int, 1, 10**9), const=10, metavar="N",
-                       help="train nothing: time N updates (%(const)s) and print where the time goes")
+    run_options(group, checkpoint_every=500)
     group.add_argument("--workers", type=in_range(int, 0, 1024), default=0,
                        help="processes that read the clips: from memory or, of packed sets, from disk, "
                        "which a GPU may be too fast for (%(default)s)")
@@ -234,14 +223,9 @@ def parse(argv=None):
     group.add_argument("--updates", type=in_range(int, 1, 10**9), help="(by data set)")
     group.add_argument("--batch-size", type=in_range(int, 1, 10**6), help="clips in an update, over all "
                        "processes; large sets like larger ones (16 to 640)")
-    group.add_argument("--micro-batch", type=in_range(int, 1, 10**6), help="clips that go through the model "
-                       "at once in a process; fewer need less memory and take longer, with the same result "
-                       "but for dropout (all)")
     group.add_argument("--lr", type=in_range(float, 1e-12, 1e6), help="peak learning rate (3e-4 to 1e-3)")
     group.add_argument("--stages", type=share, nargs=3, default=[0.3, 0.3, 0.4],
                        metavar=("WARMUP", "HOLD", "DECAY"), help="shares of the updates (%(default)s)")
-    group.add_argument("--weight-decay", type=in_range(float, 0, 1e6), default=0.01, help="pulls "
-                       "weights to 0; more of it regularises more (%(default)s)")
     group.add_argument("--loss", choices=["bce", "ce"], default="bce", help="binary cross-entropy, "
                        "as in the paper, or, where a clip has one label, cross-entropy (%(default)s)")
     group.add_argument("--augment", nargs="*", choices=["jitter", "time_mask", "mixup"], metavar="NAME",
@@ -271,7 +255,7 @@ def build(args, classes, checkpoint):
     torch.manual_seed(args.seed)
     frontend = LogMel()
     if checkpoint:
-        encoder = Wav2Vec2(**checkpoint["settings"])    # which are all there are, so no size counts
+        encoder = load_encoder(checkpoint)
         load_model(checkpoint, encoder, frontend)
     else:
         encoder = Wav2Vec2(args.size or "tiny")
@@ -279,10 +263,13 @@ def build(args, classes, checkpoint):
 
 
 def split(data, fold, fraction, args):
-    """Training, validation and test set; see --fraction and --validate. fold: None for sets without."""
+    """Training, validation and test set; see --fraction and --validate. fold: None for sets without.
+
+    Raises InputError where there are too few folds or clips for that.
+    """
     splits = data.splits
     if fold is None:
-        training, valid, test = ([np.flatnonzero(splits == name) for name in ("train", "valid", "test")])
+        training, valid, test = (np.flatnonzero(splits == name) for name in ("train", "valid", "test"))
     else:
         training, test = np.flatnonzero(splits != fold), np.flatnonzero(splits == fold)
         valid = training[:0]
@@ -299,6 +286,8 @@ def split(data, fold, fraction, args):
     if len(training) == 0 or len(test) == 0 and not args.no_test:
         raise InputError(f"{args.data}: {f'fold {fold}' if fold else 'its splits'} give {len(training)} "
                          f"clips to train on and {len(test)} to test on; is the set's table whole?")
+    if args.validate and len(valid) == 0:
+        raise InputError(f"--validate: {args.data} has too few clips of a class to hold out a tenth")
     training = data.subset(training)
     if fraction < 1:
         training = training.fraction(fraction, args.seed)
@@ -343,7 +332,7 @@ def predict(model, frontend, data, args, device, rank=0, world=1, batch_seconds=
     """Logits (N, C) for all clips of a labelled set, each whole; of all processes together.
 
     Clips of like length go together, so that little is padded, and fewer of the longer ones. No clip is
-    scored twice.
+    scored twice. Raises InputError for predictions that are not finite.
     """
     model.eval()
     scores = torch.zeros(len(data), len(data.classes))
@@ -366,7 +355,10 @@ def predict(model, frontend, data, args, device, rank=0, world=1, batch_seconds=
 
 
 def evaluate(model, frontend, data, args, device, rank, world):
-    """The data set's metric, and how many classes it is the mean of (None: it is of clips)."""
+    """The data set's metric, and how many classes it is the mean of (None: it is of clips).
+
+    Raises InputError where the metric has no answer.
+    """
     logits = predict(model, frontend, data, args, device, rank, world)
     targets = data.targets(range(len(data)))
     try:
@@ -394,7 +386,8 @@ def train(model, frontend, data, valid, args, device, rank, world, label, signal
     """Fine-tune in place on a labelled set; `label` names the run in the progress bar.
 
     With validation clips the model ends with the weights that did best on them; returns their score.
-    `save(**content)` writes a checkpoint; `state`, one of these, is gone on from.
+    `save(**content)` writes a checkpoint; `state`, one of these, is gone on from. Raises InputError after
+    PATIENCE updates in a row that are not finite.
     """
     frontend.to(device)
     model.to(device).train()
@@ -406,8 +399,7 @@ def train(model, frontend, data, valid, args, device, rank, world, label, signal
         load_model(state, model, frontend)
         optimizer.load_state_dict(state["optimizer"])
         first, best, best_weights = state["update"], state["best"], state["best_weights"]
-    share = args.batch_size // world
-    micro = min(args.micro_batch or share, share)
+    share, micro = batch_parts(args, world)
     loader = batches(data, args.batch_size, args.updates, args.seed, first, rank, world, args.workers,
                      data.longest(), data.members() if args.balance else None)
     bar = tqdm(total=args.updates, initial=first, desc=label, disable=rank > 0, unit=" updates", leave=False)
@@ -418,8 +410,8 @@ def train(model, frontend, data, valid, args, device, rank, world, label, signal
         generator = torch.Generator().manual_seed(seed_of(1, args.seed, update))
         torch.manual_seed(seed_of(2, args.seed, update, rank))          # dropout
         with torch.no_grad():
-            versions, padding_mask = augmented(waveform.to(device), lengths, frontend, args, generator,
-                                               rank, world)
+            versions, padding_mask = augmented(waveform.to(device, non_blocking=True), lengths, frontend, args,
+                                               generator, rank, world)
         target, losses = torch.from_numpy(data.targets(numbers)).to(device), []
         for i in range(0, share, micro):
             part = slice(i, i + micro)
@@ -477,7 +469,7 @@ def load(run, device="cpu"):
         path = models[0]
     content = load_checkpoint(path, "finetune.py or pretrain.py", ("settings", "frontend"))
     classes, frontend = content.get("classes", []), LogMel()
-    encoder = Wav2Vec2(**content["settings"])
+    encoder = load_encoder(content)
     model = Classifier(encoder, len(classes), content["head"]) if classes else encoder
     load_model(content, model, frontend)
     model.exclusive = content["args"].get("loss") == "ce"
@@ -486,11 +478,12 @@ def load(run, device="cpu"):
 
 @torch.no_grad()
 def listen(path, model, frontend, window=60.0):
-    """Hear a recording of any length, a minute at a time: yields the embeddings (L, D) of each window."""
+    """Hear a recording of any length and rate, a minute at a time: yields the embeddings (L, D) of each window.
+
+    Raises InputError for what `read_audio` can't read; so do `embed` and `tag`.
+    """
     with open_audio(path) as file:
         seconds = file.frames / file.samplerate
-    if seconds > 1e6:
-        raise InputError(f"{path}: does not say how long it is; convert it to .wav first")
     encoder, device = getattr(model, "encoder", model), frontend.mean.device
     starts = np.arange(0, max(seconds - 0.05, 0.01), window)        # no last window of next to nothing
     for start in tqdm(starts, Path(path).name, unit=" min", leave=False,
@@ -575,7 +568,7 @@ def main(args):
     """Train and test on each fraction and fold. Raises InputError where it can't start or go on."""
     device, rank, world = start(args.device)
     signals = Signals()
-    check_batch(args, world)
+    batch_parts(args, world)        # may complain: before the data are read
     init = load_checkpoint(args.init) if args.init is not None else None
     out = Path(args.out)
     state = run_so_far(out, args, "finetune.py", ("job", "lines"))
@@ -590,7 +583,8 @@ def main(args):
         if world > 1:
             dist.barrier()
     say = functools.partial(print, flush=True) if rank == 0 else lambda text: None
-    data = labelled(args.data, args.root, max(1, os.cpu_count() // world), say)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))          # on this machine
+    data = labelled(args.data, args.root, max(1, os.cpu_count() // processes), say)
     if args.loss == "ce" and any(len(own) != 1 for own in data.labels):
         raise InputError(f"--loss ce is for one label a clip; in {args.data} some have more or none: use bce")
     folds = sorted(set(data.splits.tolist()))

@@ -13,9 +13,9 @@ Then `python finetune.py --init`. What is in the run's folder: checkpoint.pt, al
 go on (--resume) or to fine-tune; log.jsonl, a line of JSON every few updates.
 
 Which clips, crops, masks and distractors an update sees depends on (seed, update, place in the batch)
-only: not on the number of processes, nor on what was before. So a run that is killed and resumed goes on
-with what would have come: on a CPU to the same bits, on GPUs, which add in any order, up to rounding. Only
-dropout is drawn by each process for itself.
+only, and for masks and distractors on the kind of device: not on the number of processes, nor on what was
+before. So a run that is killed and resumed goes on with what would have come: on a CPU to the same bits, on
+GPUs, which add in any order, up to rounding. Only dropout is drawn by each process for itself.
 """
 import argparse
 import functools
@@ -47,8 +47,10 @@ SCHEDULES = {
     "large": dict(updates=300_000, warmup=10_000, lr=3e-4, batch_size=256, seconds=10.0),
 }
 
+SETTINGS = (*SIZES["tiny"], *COMMON)        # names of a model's settings, the same in every size
+
 # What a run can't change halfway without becoming another one.
-SAME_ON_RESUME = ("size", *SIZES["tiny"], *COMMON, "data", "seed", "seconds", "batch_size", "updates", "warmup",
+SAME_ON_RESUME = ("size", *SETTINGS, "data", "seed", "seconds", "batch_size", "updates", "warmup",
                   "lr", "weight_decay", "clip")
 
 PATIENCE = 10       # updates in a row that may be skipped because loss or gradient are not finite
@@ -59,7 +61,7 @@ PATIENCE = 10       # updates in a row that may be skipped because loss or gradi
 def start(device=None):
     """Join the processes that torchrun started, if it did: returns (device, rank, world size).
 
-    device: cuda, mps or cpu; None: the first of these that there is.
+    device: cuda, mps or cpu; None: the first of these that there is. Raises InputError for one that is not there.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
@@ -75,16 +77,43 @@ def start(device=None):
     return torch.device(device), rank, world
 
 
-def check_batch(args, world):
-    """Raise InputError where the batch can't be shared out, or several processes were to be timed."""
+def run_options(group, checkpoint_every):
+    """Add the options that pretrain.py and finetune.py share to a group of argparse."""
+    count = in_range(int, 1, 10**9)
+    group.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, on any "
+                       "number of processes; where there is none yet, start")
+    group.add_argument("--checkpoint-every", type=count, default=checkpoint_every, help="updates between two "
+                       "checkpoints: what a killed run loses at most (%(default)s)")
+    group.add_argument("--seed", type=in_range(int, 0, 2**63 - 1), default=0, help="another seed draws other "
+                       "clips, crops, masks and starting weights (%(default)s)")
+    group.add_argument("--device", choices=["cpu", "cuda", "mps"], help="(the best there is)")
+    group.add_argument("--dtype", choices=["fp32", "bf16"], help="bf16 halves memory and time where the "
+                       "processor has it (bf16 on CUDA, else fp32)")
+    group.add_argument("--compile", action="store_true", help="compile the model with torch.compile, for "
+                       "GPUs; takes minutes at first, needs a C++ compiler, and gains nothing on a CPU")
+    group.add_argument("--benchmark", nargs="?", type=count, const=10, metavar="N",
+                       help="train nothing: time N updates (%(const)s) and print where the time goes")
+    group.add_argument("--micro-batch", type=count, help="clips that go through the model at once in a "
+                       "process; fewer need less memory and take longer, with the same result but for dropout (all)")
+    group.add_argument("--weight-decay", type=in_range(float, 0, 1e6), default=0.01, help="pulls weights to "
+                       "0; more of it regularises more (%(default)s)")
+
+
+def batch_parts(args, world):
+    """How many clips of a batch are a process's, and how many of these go through the model at once.
+
+    Raises InputError where the batch can't be shared out so, or parts of it were to be timed.
+    """
     share = args.batch_size // world
-    if args.benchmark and world > 1:
-        raise InputError("--benchmark is for one process: start it without torchrun")
+    micro = min(args.micro_batch or share, share)
+    if args.benchmark and (world > 1 or args.micro_batch):
+        raise InputError("--benchmark is for one process and whole batches: leave torchrun and --micro-batch out")
     if args.batch_size % world:
         raise InputError(f"--batch-size {args.batch_size} does not divide by {world} processes")
-    if share % min(args.micro_batch or share, share):
+    if share % micro:
         raise InputError(f"--micro-batch {args.micro_batch} does not divide the {share} clips of a batch "
                          "that are a process's")
+    return share, micro
 
 
 def same_options(out, before, args, names):
@@ -165,6 +194,14 @@ def load_checkpoint(run, script="pretrain.py", keys=("settings", "frontend")):
     return checkpoint
 
 
+def load_encoder(checkpoint):
+    """The model of a checkpoint, with new weights. Raises InputError for settings that don't exist here."""
+    try:
+        return Wav2Vec2(**checkpoint["settings"])       # which are all there are, so no size counts
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the checkpoint is of another version, or damaged ({error}): use another") from None
+
+
 def load_model(checkpoint, model, frontend):
     """Put a checkpoint's weights into a model and a frontend.
 
@@ -210,7 +247,7 @@ def seed_of(*numbers):
 
 
 def padding_of(lengths, log_mel):
-    """Padding mask (B, T) of log-mels whose waveforms have these lengths in samples; None if none."""
+    """Padding mask (B, T) of log-mels (B, T, 64) of waveforms with these lengths (B,) in samples; None if none."""
     frames = frame_count(lengths)
     if frames.min() >= log_mel.shape[1]:
         return None
@@ -331,27 +368,11 @@ def parse(argv=None):
     count, positive = in_range(int, 1, 10**9), in_range(float, 1e-12, 1e6)
     group = parser.add_argument_group("run")
     group.add_argument("--out", default="runs/pretrain", help="folder of this run (%(default)s)")
-    group.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, on any "
-                       "number of processes; where there is none yet, start")
-    group.add_argument("--seed", type=in_range(int, 0, 2**63 - 1), default=0,
-                       help="another seed draws other clips, crops, "
-                       "masks and starting weights (%(default)s)")
-    group.add_argument("--device", choices=["cpu", "cuda", "mps"], help="(the best there is)")
-    group.add_argument("--dtype", choices=["fp32", "bf16"],
-                       help="bf16 halves memory and time where "
-                       "the processor has it (bf16 on CUDA, else fp32)")
-    group.add_argument("--workers", type=in_range(int, 0, 1024),
-                       help="processes that read data (one a core, up to 8, "
-                       "with a GPU; none without: the training takes the cores)")
-    group.add_argument("--compile", action="store_true", help="compile the model with torch.compile, for "
-                       "GPUs; takes minutes at first, needs a C++ compiler, and gains nothing on a CPU")
-    group.add_argument("--benchmark", nargs="?", type=count, const=10, metavar="N",
-                       help="train nothing: time N updates (%(const)s) and print where the time goes")
-    group.add_argument("--log-every", type=count, default=10,
-                       help="updates between two lines of the "
-                       "log (%(default)s)")
-    group.add_argument("--checkpoint-every", type=count, default=1000, help="updates between two "
-                       "checkpoints: what a killed run loses at most (%(default)s)")
+    run_options(group, checkpoint_every=1000)
+    group.add_argument("--workers", type=in_range(int, 0, 1024), help="processes that read data (one a core, "
+                       "up to 8, with a GPU; none without: the training takes the cores)")
+    group.add_argument("--log-every", type=count, default=10, help="updates between two lines of the log "
+                       "(%(default)s)")
     group.add_argument("--tensorboard", action="store_true", help="write the log's figures for TensorBoard "
                        "too, into --out")
 
@@ -359,13 +380,10 @@ def parse(argv=None):
     group.add_argument("--data", nargs="+", default=["synth"], help="'synth' (made on the fly); folders "
                        "that `datasets.py pack` wrote, perhaps on several disks; or any folder of "
                        "recordings (synth)")
-    group.add_argument("--seconds", type=in_range(float, 0.1, 3600),
-                       help="length of a clip (tiny: 5, else 10); longer "
-                       "gives more context and more distractors, and costs more")
+    group.add_argument("--seconds", type=in_range(float, 0.1, 3600), help="length of a clip (tiny: 5, else "
+                       "10); longer gives more context and more distractors, and costs more")
     group.add_argument("--batch-size", type=count, help="clips in an update, over all processes "
                        "together (tiny: 32, else 256)")
-    group.add_argument("--micro-batch", type=count, help="clips that go through the model at once in a "
-                       "process; fewer need less memory and take longer, with the same result but for dropout (all)")
 
     group = parser.add_argument_group("model", "Settings of the size that can be changed.")
     group.add_argument("--size", choices=SIZES, default="tiny", help="tiny for a laptop, small and "
@@ -389,13 +407,9 @@ def parse(argv=None):
 
     group = parser.add_argument_group("optimisation (Sec. 2.3)")
     group.add_argument("--updates", type=count, help="of the whole run (tiny: 400, else 300000)")
-    group.add_argument("--warmup", type=in_range(int, 0, 10**9),
-                       help="updates to the peak (tiny: a tenth, "
+    group.add_argument("--warmup", type=in_range(int, 0, 10**9), help="updates to the peak (tiny: a tenth, "
                        "else a thirtieth of all)")
     group.add_argument("--lr", type=positive, help="peak learning rate (tiny: 1e-3, else 3e-4)")
-    group.add_argument("--weight-decay", type=in_range(float, 0, 1e6), default=0.01,
-                       help="pulls weights to 0; "
-                       "more of it regularises more (%(default)s)")
     group.add_argument("--clip", type=positive, default=1.0, help="largest gradient norm; a longer "
                        "gradient is scaled down to it (%(default)s)")
     args = parser.parse_args(argv)
@@ -405,8 +419,7 @@ def parse(argv=None):
     for name, value in schedule.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.changes = {name: getattr(args, name) for name in (*SIZES["tiny"], *COMMON)
-                    if getattr(args, name) is not None}
+    args.changes = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     if args.warmup > args.updates:
         raise InputError(f"--warmup {args.warmup} must be 0 to --updates {args.updates}")
     return args
@@ -416,9 +429,8 @@ def open_log(path, first):
     """The log of a run, to write on after update `first`: what was logged later comes again, and a
     killed run's last line may be torn."""
     lines = path.read_text().splitlines(True) if first and path.exists() else []
-    log = open(path, "w", buffering=1)
-    log.writelines(line for line in lines if line.endswith("}\n") and json.loads(line)["update"] <= first)
-    return log
+    write_whole(path, "".join(line for line in lines if line.endswith("}\n") and json.loads(line)["update"] <= first))
+    return open(path, "a", buffering=1)
 
 
 def tensorboard(out):
@@ -432,7 +444,8 @@ def tensorboard(out):
 
 def weight(name, count, dropped):
     """What a part's figure of `Pretraining` counts for when parts are put together: means, for their
-    number of masked steps (those of the loss, for those that count); numbers of steps are sums."""
+    number of masked steps (those of the loss, for those that count); numbers of steps are sums.
+    So the share that is masked, and the latents' spread and cosine, are means of the parts'."""
     if name in ("count", "dropped"):
         return 1
     return count if name in ("loss", "accuracy", "chance") else count + dropped
@@ -451,7 +464,8 @@ def means(sums):
 
 
 def offenders(model, frontend, waveform, lengths, noise, names):
-    """Those of a batch's clips whose loss is not finite, in words."""
+    """Those of a batch's clips whose loss is not finite, in words: waveform (B, S), lengths (B,) in samples,
+    noise as `Wav2Vec2` takes it, B names."""
     bad = []
     with torch.no_grad():
         for i, name in enumerate(names):
@@ -465,9 +479,7 @@ def main(args):
     """One run, or this process's part of it. Raises InputError where it can't start or go on."""
     device, rank, world = start(args.device)
     signals = Signals()
-    check_batch(args, world)
-    share = args.batch_size // world                # of the batch, that is this process's
-    micro = min(args.micro_batch or share, share)
+    share, micro = batch_parts(args, world)
     out = Path(args.out)
     checkpoint = run_so_far(out, args, "pretrain.py", ("settings", "frontend", "optimizer", "logged"))
     if args.workers is None:
@@ -491,15 +503,13 @@ def main(args):
     if args.compile:
         model.compile()         # in place: the names of the weights stay the same
     if args.benchmark:
-        noise = torch.rand(model.noise_shape(args.batch_size, frame_count(samples)), device=device)
-
         def prepare(waveform, lengths):
             log_mel = frontend(waveform)
             return log_mel, padding_of(lengths, log_mel)
 
         def loss_of(log_mel, padding_mask):
             with autocast(device, args.dtype):
-                return model(log_mel, padding_mask, noise).loss
+                return model(log_mel, padding_mask).loss
 
         return benchmark(model.train(), optimizer, prepare, loss_of, source, samples, args, device)
     if checkpoint:
@@ -536,8 +546,8 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(update, args.lr, args.warmup, args.updates)
         # Masks and distractors are drawn for the whole batch, whatever part of it is ours.
-        generator = torch.Generator().manual_seed(seed_of(1, args.seed, update))
-        noise = torch.rand(model.noise_shape(args.batch_size, frame_count(waveform.shape[1])),
+        generator = torch.Generator(device).manual_seed(seed_of(1, args.seed, update))
+        noise = torch.rand(model.noise_shape(args.batch_size, frame_count(waveform.shape[1])), device=device,
                            generator=generator)[rank * share:(rank + 1) * share]
         torch.manual_seed(seed_of(2, args.seed, update, rank))          # dropout
         results = []
@@ -547,8 +557,7 @@ def main(args):
             # Several processes add up their gradients in the last backward pass of an update.
             with nullcontext() if world == 1 or i + micro == share else wrapped.no_sync():
                 with autocast(device, args.dtype):
-                    result = wrapped(log_mel, padding_of(lengths[part], log_mel),
-                                     noise[part].to(device, non_blocking=True))
+                    result = wrapped(log_mel, padding_of(lengths[part], log_mel), noise[part])
                 (result.loss * result.count * world).backward()     # DDP takes the mean over processes
             results.append(result)
         # Means over all masked steps of the batch, of all parts and processes.
@@ -570,7 +579,7 @@ def main(args):
         bar.update()
         if in_a_row == PATIENCE:
             bar.close()
-            bad = offenders(model, frontend, waveform.to(device), lengths, noise.to(device),
+            bad = offenders(model, frontend, waveform.to(device), lengths, noise,
                             [source.name(int(n)) for n in numbers])
             raise InputError(f"loss or gradient are not finite, now {PATIENCE} updates in a row, at update "
                              f"{done}; of its batch, {bad}: look at these, or lower --lr. The last good "
@@ -592,7 +601,7 @@ def main(args):
                     bar.write(f"update {done}: {warning}", sys.stderr)
                 warned = bool(warning)
         if done % args.checkpoint_every == 0 or done == args.updates or received:
-            if not np.isfinite(sum(p.detach().abs().sum().item() for p in parameters)):
+            if not all(p.isfinite().all() for p in parameters):
                 bar.close()
                 raise InputError(f"weights are not finite at update {done}: lower --lr. What {out} holds is "
                                  "from before")
@@ -604,6 +613,9 @@ def main(args):
                 stop(signals, bar, out / "checkpoint.pt", world)
     bar.close()
     if rank == 0:
+        log.close()
+        if board:
+            board.close()
         minutes = (time.time() - began) / 60
         print(f"{args.updates - first} updates in {minutes:.1f} min: {out / 'checkpoint.pt'}; now "
               f"python finetune.py --init" + f" {out}" * (args.out != "runs/pretrain"))
