@@ -18,7 +18,6 @@ import argparse
 import copy
 import functools
 import json
-import os
 import sys
 import time
 from contextlib import nullcontext
@@ -38,9 +37,9 @@ from conformer import Dropout
 from datasets import (LABELLED, InputError, Parser, batches, collate, download_esc50, in_range,
                       labelled, open_audio, read_audio)
 from frontend import HOP, SAMPLE_RATE, LogMel, frame_count
-from pretrain import (PATIENCE, Signals, adam, add_up, autocast, benchmark, batch_parts,
-                      check_same_start, load_checkpoint, load_encoder, load_model, padding_of, run_options, run_so_far,
-                      same_options, save_checkpoint, seed_of, start, stop)
+from pretrain import (PATIENCE, Signals, adam, add_up, autocast, batch_parts, benchmark, check_same_start,
+                      cores, load_checkpoint, load_encoder, load_model, padding_of, run_options,
+                      run_so_far, same_options, save_checkpoint, seed_of, start, stop)
 from wav2vec2 import SIZES, Wav2Vec2
 
 # Of each metric its value, or its values for all classes, of which it is the mean.
@@ -583,8 +582,7 @@ def main(args):
         if world > 1:
             dist.barrier()
     say = functools.partial(print, flush=True) if rank == 0 else lambda text: None
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))          # on this machine
-    data = labelled(args.data, args.root, max(1, os.cpu_count() // processes), say)
+    data = labelled(args.data, args.root, max(1, cores()), say)
     if args.loss == "ce" and any(len(own) != 1 for own in data.labels):
         raise InputError(f"--loss ce is for one label a clip; in {args.data} some have more or none: use bce")
     folds = sorted(set(data.splits.tolist()))

@@ -72,7 +72,7 @@ class LogMel(nn.Module):
     def forward(self, waveform):
         if waveform.dim() != 2 or waveform.shape[1] == 0:
             raise ValueError(f"LogMel takes waveforms of shape (B, S), not {tuple(waveform.shape)}")
-        waveform = waveform.float() / (32768 if waveform.dtype == torch.int16 else 1)
+        waveform = waveform.float() / 32768 if waveform.dtype == torch.int16 else waveform.float()
         frames = F.pad(waveform, (WINDOW // 2, WINDOW // 2)).unfold(1, WINDOW, HOP)
         frames = frames[:, :frame_count(waveform.shape[1])]         # (B, T, WINDOW)
         spectrum = torch.fft.rfft(frames * self.window)             # (B, T, WINDOW / 2 + 1)

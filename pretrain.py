@@ -77,6 +77,11 @@ def start(device=None):
     return torch.device(device), rank, world
 
 
+def cores():
+    """How many of this machine's cores are this process's; 0 where it has more processes than cores."""
+    return os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def run_options(group, checkpoint_every):
     """Add the options that pretrain.py and finetune.py share to a group of argparse."""
     count = in_range(int, 1, 10**9)
@@ -483,8 +488,7 @@ def main(args):
     out = Path(args.out)
     checkpoint = run_so_far(out, args, "pretrain.py", ("settings", "frontend", "optimizer", "logged"))
     if args.workers is None:
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))      # on this machine
-        args.workers = min(8, os.cpu_count() // processes) if device.type == "cuda" else 0
+        args.workers = min(8, cores()) if device.type == "cuda" else 0
 
     torch.manual_seed(args.seed)
     try:
@@ -593,8 +597,10 @@ def main(args):
                 line = dict(update=done, lr=optimizer.param_groups[0]["lr"], clips_per_second=round(speed, 1),
                             skipped=skipped, **shown)
                 log.write(json.dumps(line) + "\n")
-                for name, value in line.items() if board else ():
-                    board.add_scalar(name, value, done)
+                if board:
+                    for name, value in line.items():
+                        board.add_scalar(name, value, done)
+                    board.flush()           # it keeps lines in memory, which a run that is stopped would lose
                 bar.set_postfix_str(f"loss {shown['loss']:.2f} accuracy {shown['accuracy']:.2f} "
                                     f"(chance {shown['chance']:.2f}) lr {line['lr']:.1e} {speed:.0f} clips/s")
                 if (warning := diagnosis(shown)) and not warned:
@@ -613,9 +619,6 @@ def main(args):
                 stop(signals, bar, out / "checkpoint.pt", world)
     bar.close()
     if rank == 0:
-        log.close()
-        if board:
-            board.close()
         minutes = (time.time() - began) / 60
         print(f"{args.updates - first} updates in {minutes:.1f} min: {out / 'checkpoint.pt'}; now "
               f"python finetune.py --init" + f" {out}" * (args.out != "runs/pretrain"))
