@@ -1,12 +1,12 @@
 """The conformer: attention for what is far, convolution for what is near (Sec. 2.2, Fig. 1b).
 
-Each block sends its input through four modules and adds what each gives: a feed-forward network (half
-of what it gives), a convolution over time, self-attention, a second feed-forward network (half again).
-Convolution stands before attention, unlike in the first conformer paper (Gulati et al. 2020): it tells
-the steps apart by their neighbourhood, and so replaces the positional encoding, of which there is none.
+Each block has four modules and adds each module's output to its input: a feed-forward network, a
+convolution over time, self-attention, and a second feed-forward network; the outputs of the two
+feed-forward networks are halved. Convolution comes before attention, unlike in the original conformer
+(Gulati et al. 2020): it tells the steps apart by their neighbours, which replaces positional encoding.
 
-Tensors are (B, L, D): batch, steps in time, width. `padding_mask` (B, L) is True at steps that only
-fill up a batch; what a clip comes to is the same, whatever it is padded with.
+Tensors are (B, L, D): batch, latents in time, width. `padding_mask` (B, L) is True at steps that only
+fill up a batch; a clip gives the same output alone and padded.
 """
 import torch
 from torch import nn
@@ -16,9 +16,8 @@ from torch.nn import functional as F
 class Dropout(nn.Dropout):
     """nn.Dropout, with its random numbers drawn four at a time on a CPU.
 
-    There they are the largest single cost of a training step. A 64-bit random number holds four of
-    16 bits, which is fine enough for a probability: 0.1 becomes 6554 / 65536. Compiled code is cut in two
-    here (torch can't trace random_), and is still faster than with the compiler's own random numbers.
+    A 64-bit random number holds four of 16 bits, which is fine enough for a probability: 0.1 becomes
+    6554 / 65536. DROPOUT_FIGURE
     """
 
     def forward(self, x):
@@ -33,29 +32,28 @@ class Dropout(nn.Dropout):
 class FeedForward(nn.Module):
     """Two linear layers with SiLU between them, at each step by itself. (B, L, D) -> (B, L, D)."""
 
-    def __init__(self, width, ffn, dropout):
+    def __init__(self, dim, ffn_dim, dropout):
         super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.expand = nn.Linear(width, ffn)
-        self.contract = nn.Linear(ffn, width)
+        self.norm = nn.LayerNorm(dim)
+        self.up = nn.Linear(dim, ffn_dim)
+        self.down = nn.Linear(ffn_dim, dim)
         self.dropout = Dropout(dropout)
 
     def forward(self, x):
-        x = self.dropout(F.silu(self.expand(self.norm(x))))
-        return self.dropout(self.contract(x))
+        x = self.dropout(F.silu(self.up(self.norm(x))))
+        return self.dropout(self.down(x))
 
 
-class ClipNorm(nn.Module):
-    """Normalise over all of a clip: GroupNorm with one group, that leaves padding out.
+class MaskedGroupNorm(nn.Module):
+    """GroupNorm with one group, that is, over all steps and channels of a clip, leaving padding out.
 
-    (B, L, D) -> (B, L, D), each clip to mean 0 and variance 1 over its steps and channels together,
-    then a learned scale and shift per channel.
+    (B, L, D) -> (B, L, D), each clip to mean 0 and variance 1, then a learned scale and shift per channel.
     """
 
-    def __init__(self, width):
+    def __init__(self, dim):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width))
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x, padding_mask=None):
         if padding_mask is None:
@@ -82,33 +80,33 @@ class BatchNorm(nn.BatchNorm1d):
 
 
 class Convolution(nn.Module):
-    """Mixes each channel with its own neighbours in time. (B, L, D) -> (B, L, D).
+    """Mix each channel with its own neighbours in time. (B, L, D) -> (B, L, D).
 
     A linear layer with a gate (GLU), a convolution over `kernel` steps by channel ("depthwise"),
     normalisation, SiLU, a linear layer. Raises ValueError for a kernel that is not odd.
     """
 
-    def __init__(self, width, kernel, dropout, norm="group"):
+    def __init__(self, dim, kernel, dropout, norm="group"):
         super().__init__()
         if kernel < 1 or kernel % 2 == 0:
             raise ValueError(f"the kernel of a convolution must be odd, not {kernel}")
-        self.norm = nn.LayerNorm(width)
-        self.expand = nn.Linear(width, 2 * width)
-        self.depthwise = nn.Conv2d(width, width, (1, kernel), padding=(0, kernel // 2),
-                                   groups=width).to(memory_format=torch.channels_last)
-        self.depthwise_norm = {"group": ClipNorm, "batch": BatchNorm}[norm](width)
-        self.contract = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(dim)
+        self.pointwise1 = nn.Linear(dim, 2 * dim)
+        self.depthwise = nn.Conv2d(dim, dim, (1, kernel), padding=(0, kernel // 2),
+                                   groups=dim).to(memory_format=torch.channels_last)
+        self.depthwise_norm = {"group": MaskedGroupNorm, "batch": BatchNorm}[norm](dim)
+        self.pointwise2 = nn.Linear(dim, dim)
         self.dropout = Dropout(dropout)
 
     def forward(self, x, padding_mask=None):
-        x = F.glu(self.expand(self.norm(x)))
-        if padding_mask is not None:                # padding must look like the void beyond the end
+        x = F.glu(self.pointwise1(self.norm(x)))
+        if padding_mask is not None:                # like the zero padding at the clip's edge
             x = x.masked_fill(padding_mask[:, :, None], 0)
         # A (B, L, D) tensor is a (B, D, 1, L) image whose channels come last in memory. Said so, the
         # convolution needs no copy, and is 2 to 3 times faster on a CPU than on a transposed one.
         x = self.depthwise(x.transpose(1, 2).unsqueeze(2)).squeeze(2).transpose(1, 2)
         x = F.silu(self.depthwise_norm(x, padding_mask))
-        return self.dropout(self.contract(x))
+        return self.dropout(self.pointwise2(x))
 
 
 class SelfAttention(nn.Module):
@@ -117,14 +115,14 @@ class SelfAttention(nn.Module):
     Raises ValueError where the width does not divide by the number of heads.
     """
 
-    def __init__(self, width, heads, dropout):
+    def __init__(self, dim, heads, dropout):
         super().__init__()
-        if width % heads:
-            raise ValueError(f"a width of {width} does not divide by {heads} attention heads")
+        if dim % heads:
+            raise ValueError(f"a width of {dim} does not divide by {heads} attention heads")
         self.heads = heads
-        self.norm = nn.LayerNorm(width)
-        self.query_key_value = nn.Linear(width, 3 * width)
-        self.output = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(dim)
+        self.query_key_value = nn.Linear(dim, 3 * dim)
+        self.output = nn.Linear(dim, dim)
         self.dropout = Dropout(dropout)
 
     def forward(self, x, padding_mask=None):
@@ -139,18 +137,18 @@ class SelfAttention(nn.Module):
 class ConformerBlock(nn.Module):
     """One block of Fig. 1b: (x (B, L, D), padding_mask (B, L) or None) -> (B, L, D).
 
-    width D; `heads` attention heads; `ffn` units in the feed-forward networks; `kernel` steps in
+    dim: the width D; `heads` attention heads; `ffn_dim` units in the feed-forward networks; `kernel` steps in
     the convolution; norm "group" or "batch", inside the convolution. Raises ValueError for a kernel that is
     not odd, and a width that does not divide by the heads.
     """
 
-    def __init__(self, width, heads, ffn, kernel, dropout, norm="group"):
+    def __init__(self, dim, heads, ffn_dim, kernel, dropout, norm="group"):
         super().__init__()
-        self.feed_forward1 = FeedForward(width, ffn, dropout)
-        self.convolution = Convolution(width, kernel, dropout, norm)
-        self.attention = SelfAttention(width, heads, dropout)
-        self.feed_forward2 = FeedForward(width, ffn, dropout)
-        self.norm = nn.LayerNorm(width)
+        self.feed_forward1 = FeedForward(dim, ffn_dim, dropout)
+        self.convolution = Convolution(dim, kernel, dropout, norm)
+        self.attention = SelfAttention(dim, heads, dropout)
+        self.feed_forward2 = FeedForward(dim, ffn_dim, dropout)
+        self.norm = nn.LayerNorm(dim)
 
     def forward(self, x, padding_mask=None):
         x = x + 0.5 * self.feed_forward1(x)
@@ -161,18 +159,20 @@ class ConformerBlock(nn.Module):
 
 
 class Conformer(nn.Module):
-    """A stack of `blocks` blocks, the first with the kernel `first_kernel` (Sec. 2.2): (B, L, D) -> (B, L, D).
+    """A stack of `blocks` blocks, the first with the kernel `first_kernel` (Sec. 2.2).
 
     The other arguments are those of `ConformerBlock`, which may raise ValueError.
     """
 
-    def __init__(self, width, blocks, heads, ffn, first_kernel, kernel, dropout, norm="group"):
+    def __init__(self, dim, blocks, heads, ffn_dim, first_kernel, kernel, dropout, norm="group"):
         super().__init__()
         self.blocks = nn.ModuleList(
-            ConformerBlock(width, heads, ffn, kernel if i else first_kernel, dropout, norm)
+            ConformerBlock(dim, heads, ffn_dim, kernel if i else first_kernel, dropout, norm)
             for i in range(blocks))
 
-    def forward(self, x, padding_mask=None):
-        for block in self.blocks:
+    def forward(self, x, padding_mask=None, layer=None):
+        """x (B, L, D), padding_mask (B, L) or None -> (B, L, D), after the first `layer` blocks (None: all)."""
+        x = x.float()       # the residual stream: CUDA's autocast keeps it in float32, a CPU's would not
+        for block in self.blocks[:layer]:
             x = block(x, padding_mask)
         return x

@@ -1,35 +1,29 @@
-"""Sound, from files and from formulas.
-
-Three sources of unlabelled clips for pre-training, each with `len` (clips in an epoch), `clip(i, rng)`
-(an int16 waveform at 16 kHz) and `name(i)`: `Synth`, `Packed`, `Folder`; `open_source` picks one.
-For fine-tuning, `labelled` reads the data sets of LABELLED from their official layouts. `batches`
-serves either.
+"""Sound, in the order it travels: read, packed, synthesised, labelled, and drawn into batches.
 
     python datasets.py pack FOLDER OUT                  decode recordings once, for fast training
     python datasets.py pack ROOT OUT --data audioset    the same for a labelled data set
     python datasets.py synth OUT                        write some synthetic clips, to listen to
+
+Unlabelled sound for pre-training is a source: `Synth` or `Packed`. It has `len` (crops in an epoch), `crop(i,
+rng)` (int16 waveform at 16 kHz), `name(i)` and `fingerprint()`; `open_source` picks one. Labelled sets for
+fine-tuning are a `LabelledSet`, which `load_labelled` reads from its official layout with one of the READERS.
+`batches` serves both.
 """
 import argparse
-import bisect
 import collections
 import contextlib
 import copy
 import csv
 import functools
 import hashlib
-import http.client
 import json
-import multiprocessing
 import os
 import re
 import signal
 import sys
 import time
-import urllib.error
-import urllib.request
 import zipfile
 import zlib
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,30 +36,80 @@ from frontend import SAMPLE_RATE, LogMel, resample
 
 AUDIO = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".w64", ".caf")
 
+# ------------------------------------------------------------------- what the three scripts have in common
+
 
 class InputError(Exception):
-    """A run can't go on with what the user gave. The message names it and the remedy, in one line."""
+    """The program can't go on with what the user gave. The message names it and the remedy, in one line."""
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are one line, like all others."""
+    """argparse with one-line errors; the docstring is the description."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message):
-        """Print the complaint and exit with code 2."""
+        """Print the error and exit with code 2."""
         self.exit(2, f"{self.prog}: {message}; --help explains\n")
 
 
 def in_range(kind, low, high):
-    """An argparse type: an int or float from `low` to `high`, else argparse complains."""
+    """An argparse type: an int or float from `low` to `high`."""
     def parse(text):
-        value = kind(text)
-        if not low <= value <= high:            # so written, NaN is refused too
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a {'whole ' * (kind is int)}number") from None
+        if not low <= value <= high:            # written so that NaN is refused too
             raise argparse.ArgumentTypeError(f"must be {low:g} to {high:g}, not {text}")
         return value
     return parse
 
 
-# ------------------------------------------------------------------------------ reading recordings
+def run_script(main):
+    """Run a script's main function: what the user can mend ends in one line and exit code 2."""
+    sys.stdout.reconfigure(errors="backslashreplace")       # file names may hold anything
+    code = 2
+    try:
+        return main()
+    except (InputError, OSError) as error:
+        message = str(error)
+    except torch.OutOfMemoryError:
+        message = "out of GPU memory: give a smaller --micro-batch"
+    except KeyboardInterrupt:
+        message, code = "interrupted", 130
+    tqdm.write(f"{Path(sys.argv[0]).name}: {message}", sys.stderr)         # below a bar, not into it
+    sys.exit(code)
+
+
+def cores():
+    """How many of the machine's cores this process may use, shared with the others that torchrun started."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def write_whole(path, content):
+    """Write a file so that, even if the power fails, `path` is either the old one or the new one.
+
+    content is text, or a function that writes into the open binary file.
+    """
+    part = Path(path).with_suffix(".part")
+    try:
+        with open(part, "wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode("utf-8", "backslashreplace"))
+            file.flush()
+            os.fsync(file.fileno())
+    except Exception:
+        part.unlink(missing_ok=True)        # on a full disk it would only be in the way
+        raise
+    os.replace(part, path)
+
+
+# -------------------------------------------------------------------------------------- reading recordings
 
 
 # What libsndfile notes in its log about a file that ends early: by format, the size that the header
@@ -75,8 +119,8 @@ NO_END = "lacks an end-of-stream bit"
 
 
 def open_audio(path):
-    """A recording, opened with soundfile. Raises InputError for what is missing, no audio, empty or, as
-    far as its format tells, cut off."""
+    """A recording, opened with soundfile. Raises InputError if it is missing, not audio, empty or, as far as
+    its format tells, cut off."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file")
     try:
@@ -99,8 +143,7 @@ def open_audio(path):
 def read_audio(path, start=0.0, seconds=None):
     """Decode a recording, or `seconds` of it from `start` on: mono float32 (S,) at 16 kHz.
 
-    Channels are averaged. Raises InputError for what is missing, no audio, empty, cut off (as far
-    as the format tells) or not finite.
+    Channels are averaged. Raises InputError as `open_audio` does, and for samples that are not finite.
     """
     with open_audio(path) as file:
         rate = file.samplerate
@@ -129,92 +172,93 @@ def to_int16(waveform):
     return np.clip(np.round(waveform * 32768), -32768, 32767).astype(np.int16)
 
 
-def audio_files(folder):
-    """All recordings below a folder, sorted, as paths. Raises InputError where there are none."""
+def walk(folder):
+    """All files below a folder as (path, ending in lower case), sorted; links are followed, each folder once.
+
+    Raises InputError where the folder or one below it can't be listed.
+    """
+    def refuse(error):
+        raise InputError(f"{error.filename}: can't be listed ({error.strerror})")
+
     if not Path(folder).is_dir():
         raise InputError(f"{folder}: no such folder")
-    files = sorted(Path(parent) / name for parent, _, names in os.walk(folder, followlinks=True)
-                   for name in names if os.path.splitext(name)[1].lower() in AUDIO)
+    seen, files = set(), []
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        files += [(Path(parent, name), os.path.splitext(name)[1].lower()) for name in names]
+    return sorted(files)
+
+
+def audio_files(folder):
+    """All recordings below a folder, sorted, as paths. Raises InputError where there are none."""
+    files = [path for path, ending in walk(folder) if ending in AUDIO]
     if not files:
         raise InputError(f"{folder}: no recordings in it ({' '.join(AUDIO)})")
     return files
 
 
-# ------------------------------------------------------------------- packing recordings for training
+class Recordings(torch.utils.data.Dataset):
+    """Recordings, decoded when asked for: (path, int16 waveform or the reason why there is none)."""
+
+    def __init__(self, files):
+        self.files = files
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i):
+        path = self.files[i]
+        try:
+            return path, to_int16(read_audio(path))
+        except InputError as error:
+            return path, str(error).removeprefix(f"{path}: ")
+        except Exception as error:          # one damaged file must not cost the others
+            return path, f"not readable ({type(error).__name__}: {error})"
+
+
+def decode(files, workers=None, done=0):
+    """Decode recordings on all cores, with a progress bar: yields (path, waveform or reason) in order.
+
+    `done` is how many were decoded before these.
+    """
+    workers = min(workers or cores(), len(files) // 16)             # for a few files none is worth its start
+    loader = torch.utils.data.DataLoader(Recordings(files), batch_size=None, num_workers=workers, collate_fn=tuple,
+                                         worker_init_fn=ignore_signals)
+    yield from tqdm(loader, "decode", total=done + len(files), initial=done, unit=" files", leave=False, disable=None)
+
+
+def ignore_signals(_):
+    """In a process that reads data: whether Ctrl-C and SIGTERM end the program is for its parent to decide."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+# --------------------------------------------------------------------- packing recordings for training
 
 INDEX = np.dtype([("shard", np.int32), ("start", np.int64), ("length", np.int64)])   # in samples
 SILENCE = 33        # largest absolute sample of a recording that counts as silent: -60 dB
 
 
-def _decode(path):
-    """Worker of `decoded`: int16 waveform, or the reason why there is none."""
-    try:
-        return to_int16(read_audio(path))
-    except InputError as error:
-        return str(error).removeprefix(f"{path}: ")
-    except Exception as error:          # one damaged file must not cost the others
-        return f"not readable ({type(error).__name__}: {error})"
-
-
-def _one_core():
-    """At the start of a worker: as many of them as cores, so a core each; Ctrl-C is for their parent."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def decoded(files, workers=None, label="decode", done=0):
-    """Decode recordings on all cores, with a progress bar: yields (path, waveform or reason) in order.
-
-    `done` is how many were before these.
-    """
-    bar = tqdm(total=done + len(files), initial=done, desc=label, unit=" files", leave=False, disable=None)
-    workers = min(workers or os.cpu_count(), len(files) // 64)      # a new process costs seconds
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _one_core) if workers > 1 else None
-    with bar, pool or contextlib.nullcontext():
-        for block in range(0, len(files), 1024):            # so that few results wait in memory
-            paths = files[block:block + 1024]
-            for path, waveform in zip(paths, pool.map(_decode, paths, chunksize=4) if pool
-                                      else map(_decode, paths)):
-                bar.update()
-                yield path, waveform
-
-
-def write_whole(path, content):
-    """Write a file so that, whenever the power fails, `path` is the old one or the new one.
-
-    content is text, or a function that writes into the open binary file.
-    """
-    part = Path(path).with_suffix(".part")
-    try:
-        with open(part, "wb") as file:
-            if callable(content):
-                content(file)
-            else:
-                file.write(content.encode("utf-8", "backslashreplace"))
-            file.flush()
-            os.fsync(file.fileno())
-    except Exception:
-        part.unlink(missing_ok=True)        # on a full disk it would only be in the way
-        raise
-    os.replace(part, path)
-
-
 def pack(files, names, out, shard_hours=5.0, workers=None, keep_silent=False):
-    """Decode recordings into int16 shards that training can map into memory.
+    """Decode recordings into int16 shards that training can read from anywhere.
 
     files and names: N paths and what to call them. Writes in `out`: `shard_00000.int16` and on, plain
     samples end to end, each with a .json of what is in it; at the end `index.npy`, where in which
     shard each recording lies, `names.txt`, a line each, and `skipped.txt`, each file left out and why.
-    A folder with an index is whole. Without, it was interrupted, and the same call goes on behind its
-    last whole shard. Returns the numbers (into `names`) of those kept, and the lines of skipped.txt.
-    Raises InputError where `out` holds something else or nothing is usable.
+    A folder with an index is complete. Without, it was interrupted, and the same call continues after its
+    last complete shard. Returns the numbers (into `names`) of those kept, and the lines of skipped.txt.
+    Raises InputError where `out` holds something else or no file is usable.
     """
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; name a folder")
     names = [name.replace("\n", "\\n").replace("\r", "\\r") for name in names]
     stamp = hashlib.sha256(f"{shard_hours} {keep_silent}".encode())
-    for path, name in zip(files, names):
+    for path, name in zip(files, names, strict=True):
         with contextlib.suppress(OSError):      # a link to nowhere: its decoding says so
             status = os.stat(path)
             name += f" {status.st_size} {status.st_mtime_ns}"
@@ -232,12 +276,11 @@ def pack(files, names, out, shard_hours=5.0, workers=None, keep_silent=False):
         shards.append(json.loads((out / f"shard_{len(shards):05}.json").read_text()))
     done = shards[-1]["end"] if shards else 0
     limit, audio = int(shard_hours * 3600 * SAMPLE_RATE), None
-    for number, (path, waveform) in enumerate(decoded(files[done:], workers, "pack", done), done):
+    for number, (_, waveform) in enumerate(decode(files[done:], workers, done), done):
         if audio is None:
             shard = dict(kept=[], lengths=[], skipped=[])
-            audio = open(out / f"shard_{len(shards):05}.int16", "wb")
-        if (not keep_silent and not isinstance(waveform, str)
-                and max(int(waveform.max()), -int(waveform.min())) < SILENCE):
+            audio = open(out / f"shard_{len(shards):05}.int16", "wb")       # noqa: SIM115
+        if not (isinstance(waveform, str) or keep_silent) and np.abs(waveform.astype(int)).max() < SILENCE:
             waveform = "silent (--keep-silent packs it all the same)"
         if isinstance(waveform, str):
             shard["skipped"].append(f"{names[number]}: {waveform}")
@@ -253,34 +296,28 @@ def pack(files, names, out, shard_hours=5.0, workers=None, keep_silent=False):
             shards.append(shard)
             audio = None
     kept = [number for shard in shards for number in shard["kept"]]
-    lengths = [length for shard in shards for length in shard["lengths"]]
-    order = sorted(range(len(kept)), key=lambda i: lengths[i] < SAMPLE_RATE)    # under a second: last
-    kept = [kept[i] for i in order]
     skipped = [line for shard in shards for line in shard["skipped"]]
     if not kept:
         raise InputError(f"{out}: none of the {len(files)} files is usable: {skipped[0]}, ...")
-    index = np.concatenate([np.array([(n, end - length, length) for length, end in zip(
-        shard["lengths"], np.cumsum(shard["lengths"]))], INDEX) for n, shard in enumerate(shards)])
+    index = [(n, end - length, length) for n, shard in enumerate(shards)
+             for length, end in zip(shard["lengths"], np.cumsum(shard["lengths"]), strict=True)]
     write_whole(out / "names.txt", "".join(f"{names[number]}\n" for number in kept))
     write_whole(out / "skipped.txt", "".join(f"{line}\n" for line in skipped))
-    write_whole(out / "index.npy", lambda file: np.save(file, index[order]))
+    write_whole(out / "index.npy", lambda file: np.save(file, np.array(index, INDEX)))
     return kept, skipped
 
 
-@functools.lru_cache(maxsize=256)
-def _memory_map(path):
-    """A shard's samples, mapped into memory. Each map keeps a file open, so not all are kept."""
-    return np.memmap(path, "<i2", "r")
-
-
 class Shards:
-    """What `pack` wrote, like a list of int16 waveforms; `lengths` holds theirs, in samples.
+    """What `pack` wrote, like a list of int16 waveforms; `lengths` (N,) holds theirs, in samples.
 
     Nothing is read before it is asked for. Raises InputError where a part is missing or cut off.
     """
 
     def __init__(self, folder):
         self.folder = Path(folder)
+        if not (self.folder / "index.npy").exists():
+            raise InputError(f"{folder}: holds no packed audio, or not all of it yet: `python datasets.py pack` "
+                             "packs a folder of recordings, or continues where it was interrupted")
         try:
             self.index = np.load(self.folder / "index.npy", mmap_mode="r")
             self.lengths = self.index["length"]
@@ -292,6 +329,9 @@ class Shards:
             whole = False
         if not whole:
             raise InputError(f"{folder}: its packed audio is damaged; delete it and pack again")
+
+    def __reduce__(self):
+        return Shards, (self.folder,)       # a worker process opens the folder itself
 
     @functools.cached_property
     def names(self):
@@ -305,82 +345,70 @@ class Shards:
     def __len__(self):
         return len(self.index)
 
+    def read(self, i, start, samples):
+        """Recording i from sample `start` on, at most `samples`: int16 (S,)."""
+        shard, first, length = self.index[i].item()
+        return np.fromfile(self.path(shard), "<i2", min(samples, length - start), offset=2 * (first + start))
+
     def __getitem__(self, i):
-        shard, start, length = self.index[i]
-        return _memory_map(self.path(shard))[start:start + length]
+        return self.read(i, 0, self.lengths[i])
 
 
 class Packed:
-    """Random crops of `seconds` from what `pack` wrote, one of each recording in an epoch.
+    """Random crops of `seconds` from what `pack` wrote, in proportion to length: a recording as long as n crops
+    gives ceil(n) of them in an epoch, each at a random place. So every hour counts the same.
 
-    Shorter recordings are given whole, those under a second not at all: too little in it to mask
-    and to guess from. `pack` puts these last.
+    Recordings shorter than a crop are given whole, those under a second not at all: too little to mask and to
+    predict from. `held_out`: the source of recordings that are never trained on, one in a hundred by a hash of
+    their names, at least 16 (of fewer than 80 recordings, a fifth), or that of all others. Raises InputError
+    where there is none.
     """
 
-    def __init__(self, folders, seconds):
+    def __init__(self, folders, seconds, held_out=False):
+        self.options = folders, seconds, held_out
         self.parts, self.samples = [Shards(folder) for folder in folders], round(seconds * SAMPLE_RATE)
-        usable = [bisect.bisect_left(part.lengths, True, key=lambda length: length < SAMPLE_RATE)
-                  for part in self.parts]
-        self.ends = np.cumsum(usable)
-        if self.ends[-1] == 0:
-            raise InputError(f"{', '.join(folders)}: no recording in it is a second long")
+        self.offsets = np.cumsum([0, *map(len, self.parts)])
+        lengths = np.concatenate([part.lengths for part in self.parts])
+        usable = np.flatnonzero(lengths >= SAMPLE_RATE)
+        if len(usable) == 0:
+            raise InputError(f"{', '.join(map(str, folders))}: no recording in it is a second long")
+        hashes = np.array([zlib.crc32(name.encode()) for part in self.parts for name in part.names])
+        by_hash = usable[np.argsort(hashes[usable], kind="stable")]
+        number = min(max(len(usable) // 100, 16), len(usable) // 5)
+        self.recordings = np.sort(by_hash[:number] if held_out else by_hash[number:])
+        self.lengths = lengths[self.recordings]
+        self.ends = np.cumsum(-(-self.lengths // self.samples))
+        self.hash = hashlib.sha256(np.stack([hashes[self.recordings], self.lengths]).tobytes()).hexdigest()
+
+    def __reduce__(self):
+        return Packed, self.options
 
     def __len__(self):
-        return int(self.ends[-1])
+        return int(self.ends[-1]) if len(self.ends) else 0
 
     def place(self, i):
-        """In which folder recording i lies, and its number there."""
-        part = int(np.searchsorted(self.ends, i, side="right"))
-        return self.parts[part], i - (self.ends[part - 1] if part else 0)
+        """Where crop i comes from: which folder, and the number of the recording there."""
+        recording = self.recordings[np.searchsorted(self.ends, i, side="right")]
+        part = int(np.searchsorted(self.offsets, recording, side="right")) - 1
+        return self.parts[part], recording - self.offsets[part]
 
-    def clip(self, i, rng):
-        """A random crop of recording i: int16 (S,)."""
-        part, i = self.place(i)
-        return crop(part[i], self.samples, rng)
-
-    def name(self, i):
-        """What recording i is called."""
-        part, i = self.place(i)
-        return str(part.folder / part.names[i])
-
-
-def crop(waveform, samples, rng):
-    """A random part of `samples` samples of a waveform (S,), or all of what is shorter."""
-    start = rng.integers(max(len(waveform) - samples, 0) + 1)
-    return waveform[start:start + samples]
-
-
-class Folder:
-    """Crops as of `Packed` from the recordings below a folder, decoded each time anew."""
-
-    def __init__(self, folder, seconds):
-        self.seconds, self.recordings = seconds, []
-        for path in tqdm(audio_files(folder), "look through", unit=" files", leave=False, disable=None):
-            try:
-                with open_audio(path) as file:
-                    duration = file.frames / file.samplerate
-            except InputError as error:
-                raise InputError(f"{error}; `python datasets.py pack` leaves such files out") from None
-            if duration >= 1:
-                self.recordings.append((path, duration))
-        if not self.recordings:
-            raise InputError(f"{folder}: no recording in it is a second long")
-
-    def __len__(self):
-        return len(self.recordings)
-
-    def clip(self, i, rng):
-        """A random crop of recording i: int16 (S,)."""
-        path, duration = self.recordings[i]
-        start = rng.uniform(0, max(duration - self.seconds, 0))
-        return to_int16(read_audio(path, start, self.seconds))[:round(self.seconds * SAMPLE_RATE)]
+    def crop(self, i, rng):
+        """Crop i of an epoch, at a random place: int16 (S,)."""
+        part, number = self.place(i)
+        start = rng.integers(max(part.lengths[number] - self.samples, 0) + 1)
+        return part.read(number, int(start), self.samples)
 
     def name(self, i):
-        """What recording i is called."""
-        return str(self.recordings[i][0])
+        """The recording that crop i comes from."""
+        part, number = self.place(i)
+        return str(part.folder / part.names[number])
+
+    def fingerprint(self):
+        """A hash of the names and lengths of the recordings."""
+        return self.hash
 
 
-# ---------------------------------------------------------------------- synth: sounds from formulas
+# -------------------------------------------------------------------------- synth: sounds from formulas
 
 
 def _noise(rng, n, low=0.0, high=8000.0, slope=0.0):
@@ -470,27 +498,27 @@ def _wind(rng, t, pitch, speed):
 
 
 # In the order of how often they occur.
-KINDS = dict(footsteps=_footsteps, wind=_wind, bird=_bird, engine=_engine, dog=_dog, rain=_rain,
+SOUND_CLASSES = dict(footsteps=_footsteps, wind=_wind, bird=_bird, engine=_engine, dog=_dog, rain=_rain,
              bell=_bell, alarm=_alarm, cricket=_cricket, siren=_siren)
-SPLITS = ("unlabelled", "train", "test")
+SPLITS = ("unlabelled", "train", "test", "held_out")
 
 
 def synth_clip(index, split="unlabelled", seconds=5.0):
     """One synthetic clip, the same for the same (index, split), made without any file.
 
-    One to three events of different kinds, the later in KINDS the rarer, at random pitch, speed,
+    One to three events of different classes, those later in SOUND_CLASSES rarer, at random pitch, speed,
     loudness and onset, over a background of noise, in a random room, through a random microphone.
-    Returns the int16 waveform (S,) and the events: a list of (kind, onset, offset) in seconds.
+    Returns the int16 waveform (S,) and the events: a list of (class, onset, offset) in seconds.
     """
     rng = np.random.default_rng([SPLITS.index(split), index])
     n = int(seconds * SAMPLE_RATE)
     waveform, events = _noise(rng, n, slope=rng.uniform(-2, 0)), []
-    weights = 1 / np.arange(2, len(KINDS) + 2)
-    for kind in rng.choice(list(KINDS), rng.integers(1, 4), replace=False, p=weights / weights.sum()):
+    weights = 1 / np.arange(2, len(SOUND_CLASSES) + 2)
+    for kind in rng.choice(list(SOUND_CLASSES), rng.integers(1, 4), replace=False, p=weights / weights.sum()):
         length = int(rng.uniform(0.12, 0.5) * n)
         onset = int(rng.integers(n - length))
         t = np.arange(length) / SAMPLE_RATE
-        sound = KINDS[kind](rng, t, 2 ** rng.uniform(-0.7, 0.7), 2 ** rng.uniform(-0.6, 0.6))
+        sound = SOUND_CLASSES[kind](rng, t, 2 ** rng.uniform(-0.7, 0.7), 2 ** rng.uniform(-0.6, 0.6))
         sound = sound * np.minimum(np.minimum(t, t[::-1]) / 0.02, 1)            # fade in and out
         level = 10 ** (rng.uniform(-8, 14) / 20)                                # -8 to 14 dB
         waveform[onset:onset + length] += sound / (sound.std() + 1e-9) * level
@@ -507,70 +535,62 @@ def synth_clip(index, split="unlabelled", seconds=5.0):
 
 
 class Synth:
-    """Synthetic clips without labels; an epoch has 2,000, each made once and then kept: 320 MB at
-    5 s, in each process that reads."""
+    """Synthetic clips without labels; an epoch has 2,000, each made once and then kept: 320 MB at 5 s, in each
+    process that reads. `held_out`: others, 100 of them, that are never trained on."""
 
-    def __init__(self, seconds):
-        self.seconds, self.made = seconds, {}
+    def __init__(self, seconds, held_out=False):
+        self.seconds, self.split, self.made = seconds, "held_out" if held_out else "unlabelled", {}
 
     def __len__(self):
-        return 2000
+        return 100 if self.split == "held_out" else 2000
 
-    def clip(self, i, rng):
+    def crop(self, i, rng):
         """Clip i, the same each time: int16 (S,)."""
         if i not in self.made:
-            self.made[i] = synth_clip(i, "unlabelled", self.seconds)[0]
+            self.made[i] = synth_clip(i, self.split, self.seconds)[0]
         return self.made[i]
 
     def name(self, i):
         """What clip i is called."""
-        return f"synth/unlabelled/{i}"
+        return f"synth/{self.split}/{i}"
+
+    def fingerprint(self):
+        """What makes these clips what they are."""
+        return f"synth {self.seconds}"
 
 
-def open_source(data, seconds):
-    """Unlabelled clips of `seconds` for pre-training: ["synth"], packed folders, or one other folder.
-
-    Raises InputError where there are none of a second at least.
-    """
-    if data == ["synth"]:
-        return Synth(seconds)
-    if len(data) == 1 and not (Path(data[0]) / "source.txt").exists():
-        return Folder(data[0], seconds)
-    for folder in data:
-        if not (Path(folder) / "index.npy").exists():
-            raise InputError(f"{folder}: holds no packed audio, or not all of it yet: `python datasets.py "
-                             "pack` makes it, or goes on where it was interrupted")
-    return Packed(data, seconds)
+def open_source(data, seconds, held_out=False):
+    """Unlabelled crops of `seconds` for pre-training: data is ["synth"] or a list of packed folders. `held_out`:
+    those that are kept apart, to see how well the training generalises. Raises InputError where there are none."""
+    return Synth(seconds, held_out) if data == ["synth"] else Packed(data, seconds, held_out)
 
 
-# ------------------------------------------------------------------------------------ labelled sets
+# ---------------------------------------------------------------------------------------- labelled sets
 
 
 class Clip(NamedTuple):
     """A clip as a data set's tables have it."""
-    name: str           # its own, in the data set
-    labels: tuple       # names of its classes
-    split: str          # "train", "valid" or "test", or the number of the fold whose test clip it is
-    files: object       # names under which the recording may lie, without folder and ending; or its path
+    name: str               # unique in the data set
+    labels: tuple           # names of its classes
+    split: str              # "train", "valid" or "test", or the number of the fold whose test clip it is
+    files: object           # names under which the recording may lie, without folder and ending; or its path
+    group: str = ""         # clips of one group, cut from one recording perhaps, stay on one side of a split
 
 
-class Tree:
+class FileIndex:
     """All files below a folder. Data sets get unpacked, converted and moved in many ways: recordings
     are found by their name, whatever folder they are in and whatever format they have become."""
 
     def __init__(self, root):
-        if not Path(root).is_dir():
-            raise InputError(f"{root}: no such folder; --root names the folder where the data set lies")
         self.root, self.tables, self.recordings = root, {}, {}
-        for folder, folders, files in os.walk(root, followlinks=True):
-            folders.sort()
-            for name in sorted(files):
-                bare, ending = os.path.splitext(name)
-                kind, key = (self.recordings, bare) if ending.lower() in AUDIO else (self.tables, name)
-                kind.setdefault(key, Path(folder) / name)
+        for path, ending in walk(root):
+            if ending in AUDIO:
+                self.recordings.setdefault(path.stem, path)
+            else:
+                self.tables.setdefault(path.name, path)
 
     def table(self, *names):
-        """The path of the table that has one of these names."""
+        """The path of the table that has one of these names. Raises InputError where there is none."""
         for name in names:
             if name in self.tables:
                 return self.tables[name]
@@ -582,8 +602,7 @@ class Tree:
 
 
 def read_table(path, columns, delimiter=","):
-    """Rows of a CSV file with a header line, as dictionaries. Raises InputError for a missing file
-    or column."""
+    """Rows of a CSV file with a header line, as dictionaries. Raises InputError for a missing file or column."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; is the data set's root right?")
     with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
@@ -594,22 +613,17 @@ def read_table(path, columns, delimiter=","):
         rows = list(reader)
     for number, row in enumerate(rows, 2):
         if any(row[column] is None for column in columns):
-            raise InputError(f"{path}: line {number} is short of columns")
+            raise InputError(f"{path}: line {number} has too few columns")
     return rows
 
 
-def stem(name):
-    """A file's name without folder and ending."""
-    return os.path.splitext(os.path.basename(name))[0]
-
-
-def audioset(tree, parts):
+def audioset(index, parts):
     """AudioSet (Gemmeke et al. 2017). parts: which `<part>_segments.csv` to train on."""
-    table = tree.table("class_labels_indices.csv")
+    table = index.table("class_labels_indices.csv")
     classes = {row["mid"]: row["display_name"] for row in read_table(table, ("mid", "display_name"))}
     clips = []
     for part in (*parts, "eval"):
-        table = tree.table(f"{part}_segments.csv")
+        table = index.table(f"{part}_segments.csv")
         with open(table, newline="", encoding="utf-8") as file:
             rows = csv.reader((line for line in file if not line.startswith("#")), skipinitialspace=True)
             for row in rows:
@@ -617,46 +631,46 @@ def audioset(tree, parts):
                     name, start, mids = row[0], float(row[1]), row[3].split(",")
                     labels = tuple(classes[mid] for mid in mids)
                 except (IndexError, ValueError, KeyError):
-                    raise InputError(f"{table}: can't make out the line {','.join(row)}") from None
+                    raise InputError(f"{table}: can't read the line {','.join(row)}") from None
                 files = [name, f"Y{name}", *(f"{prefix}{name}_{at}" for prefix in ("", "Y") for at in (
                     f"{start:.3f}", f"{start:.0f}", f"{1000 * start:.0f}", f"{start:06.0f}"))]
                 clips.append(Clip(name, labels, "test" if part == "eval" else "train", files))
     return clips, list(classes.values())
 
 
-def esc50(tree, esc10=False):
+def esc50(index, esc10=False):
     """ESC-50 (Piczak 2015), 50 classes in five folds; or ESC-10, ten of them."""
-    table = tree.table("esc50.csv")
+    table = index.table("esc50.csv")
     rows = read_table(table, ("filename", "fold", "category", "esc10"))
     if odd := {row["fold"] for row in rows} - set("12345"):
         raise InputError(f"{table}: a fold must be 1 to 5, not '{odd.pop()}'")
-    return [Clip(row["filename"], (row["category"],), row["fold"], [stem(row["filename"])])
+    return [Clip(row["filename"], (row["category"],), row["fold"], [Path(row["filename"]).stem])
             for row in rows if row["esc10"].strip().lower() == "true" or not esc10], None
 
 
-def fsdkaggle2019(tree, parts):
+def fsdkaggle2019(index, parts):
     """FSDKaggle2019 (Fonseca et al. 2019) as Zenodo has it; train_curated.csv and train_noisy.csv of
     Kaggle serve too, but the test labels only Zenodo has. parts: "curated", "noisy"."""
     clips = []
     for part in (*(f"train_{part}" for part in parts), "test"):
-        for row in read_table(tree.table(f"{part}_post_competition.csv", f"{part}.csv"),
+        for row in read_table(index.table(f"{part}_post_competition.csv", f"{part}.csv"),
                               ("fname", "labels")):
             clips.append(Clip(row["fname"], tuple(row["labels"].split(",")), part.split("_")[0],
-                              [stem(row["fname"])]))
+                              [Path(row["fname"]).stem]))
     return clips, None
 
 
-def dcase2019(tree):
+def dcase2019(index):
     """DCASE 2019 task 1a: TAU Urban Acoustic Scenes 2019, development set (Mesaros et al. 2018)."""
-    return [Clip(row["filename"], (row["scene_label"],), split, [stem(row["filename"])])
+    return [Clip(row["filename"], (row["scene_label"],), split, [Path(row["filename"]).stem])
             for split, table in (("train", "fold1_train.csv"), ("test", "fold1_evaluate.csv"))
-            for row in read_table(tree.table(table), ("filename", "scene_label"), "\t")], None
+            for row in read_table(index.table(table), ("filename", "scene_label"), "\t")], None
 
 
-def magnatagatune(tree, top=50):
+def magnatagatune(index, top=50):
     """MagnaTagATune (Law et al. 2009): its most frequent tags; folders 0 to b train, c valid, d to f
     test. Clips with none of these tags are left out."""
-    table = tree.table("annotations_final.csv")
+    table = index.table("annotations_final.csv")
     rows = read_table(table, ("clip_id", "mp3_path"), "\t")
     tags = [name for name in rows[0] if name not in ("clip_id", "mp3_path")] if rows else []
     counts = {tag: sum(row[tag] == "1" for row in rows) for tag in tags}
@@ -666,77 +680,88 @@ def magnatagatune(tree, top=50):
         labels = tuple(tag for tag in classes if row[tag] == "1")
         split = {"c": "valid", **dict.fromkeys("def", "test")}.get(row["mp3_path"][:1], "train")
         if labels:
-            clips.append(Clip(row["mp3_path"], labels, split, [stem(row["mp3_path"])]))
+            clips.append(Clip(row["mp3_path"], labels, split, [Path(row["mp3_path"]).stem]))
     return clips, classes
 
 
-def kinetics700(tree):
+def kinetics700(index):
     """Kinetics-700 (Carreira et al. 2019), its sound only. Its test labels were held out: the
     validation split is what is tested on."""
     clips = []
-    for name, table in sorted(tree.tables.items()):
-        if not name.endswith(".csv"):
-            continue
-        with open(table, encoding="utf-8", errors="replace") as file:
-            if not file.readline().startswith("label,youtube_id,time_start"):
-                continue
-        for row in read_table(table, ("label", "youtube_id", "time_start", "time_end", "split")):
+    for split, tables in (("train", ("train.csv", "kinetics700_train.csv")),
+                          ("test", ("validate.csv", "val.csv", "kinetics700_val.csv"))):
+        table = index.table(*tables)
+        for row in read_table(table, ("label", "youtube_id", "time_start", "time_end")):
             video, start, end = row["youtube_id"], row["time_start"], row["time_end"]
-            if row["split"].strip() == "test":
-                continue
-            split = "train" if row["split"].strip() == "train" else "test"
             try:
                 padded = f"{video}_{int(float(start)):06}_{int(float(end)):06}"
-            except ValueError:
-                raise InputError(f"{table}: '{start}' and '{end}' are no times") from None
+            except (ValueError, OverflowError):
+                raise InputError(f"{table}: '{start}' and '{end}' are not times") from None
             clips.append(Clip(padded, (row["label"],), split, [padded, f"{video}_{start}_{end}", video]))
-    if not clips:
-        raise InputError(f"{tree.root}: no .csv below it with the columns label,youtube_id,time_start,"
-                         "time_end,split")
     return clips, None
 
 
-def sub_folders(root):
+def folder(root):
     """Your own sounds: a sub-folder a class."""
     clips = [Clip(str(path.relative_to(root)), (path.relative_to(root).parts[0],), "", path)
              for path in audio_files(root) if path.parent != Path(root)]
     if not clips:
         raise InputError(f"{root}: no sub-folders with recordings, one a class, in it")
-    return hold_out_fifth(clips), None
+    return split_train_test(clips), None
 
 
 def own_table(path):
-    """Your own sounds in a table: columns file (its path from the table's folder), labels (separated
-    by ;) and, if you like, split (train, valid, test, or the number of a fold)."""
-    rows = read_table(path, ("file", "labels"))
+    """Your own sounds in a table: columns file (its path from the table's folder), labels (separated by ;) and,
+    if you like, split (train, valid, test, or the number of a fold) and group (see `Clip`)."""
     clips = [Clip(row["file"], tuple(name.strip() for name in row["labels"].split(";") if name.strip()),
-                  (row.get("split") or "").strip(), Path(path).parent / row["file"]) for row in rows]
+                  (row.get("split") or "").strip(), Path(path).parent / row["file"], (row.get("group") or "").strip())
+             for row in read_table(path, ("file", "labels"))]
     splits = {clip.split for clip in clips}
     if splits == {""}:
-        return hold_out_fifth(clips), None
+        return split_train_test(clips), None
     if not (splits <= {"train", "valid", "test"} or all(split.isdigit() for split in splits)):
         raise InputError(f"{path}: split must be train, valid or test, or the number of a fold, in all "
                          f"lines, not {', '.join(sorted(splits))}")
     return clips, None
 
 
-def hold_out_fifth(clips):
-    """Clips without splits: of each (first) class every fifth, in order of a hash of their names, is for
-    testing."""
-    order = sorted(range(len(clips)), key=lambda i: hashlib.sha256(clips[i].name.encode(
-        errors="surrogateescape")).digest())
-    met = collections.Counter()
-    for i in order:
-        first = clips[i].labels[:1]
-        met[first] += 1
-        clips[i] = clips[i]._replace(split="test" if met[first] % 5 == 2 else "train")
-    return clips
+def split_train_test(clips):
+    """Clips without splits: of each (first) class every fifth group, in order of a hash of their names, is for
+    testing; a clip without a group is one."""
+    def hashed(clip):
+        return hashlib.sha256((clip.group or clip.name).encode(errors="surrogateescape")).digest()
+
+    sides, met = {}, collections.Counter()
+    for clip in sorted(clips, key=hashed):
+        if hashed(clip) not in sides:
+            met[clip.labels[:1]] += 1
+            sides[hashed(clip)] = "test" if met[clip.labels[:1]] % 5 == 2 else "train"
+    return [clip._replace(split=sides[hashed(clip)]) for clip in clips]
 
 
-# Name: (reader of its tables, metric). A reader takes a Tree (folder and csv: the path) and returns the clips,
+def refuse_leaks(clips, paths):
+    """Raise InputError where the same recording (same file or same bytes) or the same group is in two splits."""
+    def digest(path):
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").digest() if hasattr(hashlib, "file_digest") else \
+                hashlib.sha256(file.read()).digest()
+
+    sizes = collections.Counter(os.path.getsize(path) for path in paths)
+    seen = {}
+    for clip, path in zip(clips, paths, strict=True):
+        keys = [digest(path)] if sizes[os.path.getsize(path)] > 1 else []
+        for key in keys + [clip.group] * bool(clip.group):
+            other = seen.setdefault(key, clip)
+            if other.split != clip.split:
+                raise InputError(f"{other.name} ({other.split}) and {clip.name} ({clip.split}) are of the same "
+                                 f"{'group' if key == clip.group else 'bytes'}, but in different splits: delete one, "
+                                 "or put both into one split")
+
+
+# Name: (reader of its tables, metric). A reader takes a FileIndex (folder and csv: the path) and returns the clips,
 # a list of Clip, and the names of the classes in order, or None: those of the clips, sorted. It raises InputError
-# for a table that is missing or odd. None for a metric: accuracy if all clips have one label, else mAP.
-LABELLED = {
+# for a table that is missing or malformed. None for a metric: accuracy if all clips have one label, else mAP.
+READERS = {
     "synth": (None, "mAP"),
     "audioset": (functools.partial(audioset, parts=("balanced_train", "unbalanced_train")), "mAP"),
     "audioset-balanced": (functools.partial(audioset, parts=("balanced_train",)), "mAP"),
@@ -748,24 +773,25 @@ LABELLED = {
     "dcase2019": (dcase2019, "accuracy"),
     "magnatagatune": (magnatagatune, "MAUC"),
     "kinetics700": (kinetics700, "accuracy"),
-    "folder": (sub_folders, None),
+    "folder": (folder, None),
     "csv": (own_table, None),
 }
 IN_MEMORY = 24      # hours of labelled clips that are decoded into memory, 115 MB each; more: `pack`
 
 
-class Labelled:
+class LabelledSet:
     """Clips with their labels.
 
-    waveforms: N int16 arrays at 16 kHz, or `Shards`; lengths (N,) in samples; labels: N tuples of
-    class numbers; classes: C names; names: N names; splits (N,): see `Clip`; metric: its name.
+    waveforms: N int16 arrays at 16 kHz, or `Shards`; labels: N tuples of class numbers; classes: C names;
+    names: N names; splits (N,): see `Clip`; metric: its name. `lengths` (N,) are in samples.
     """
 
-    def __init__(self, waveforms, lengths, labels, classes, names, splits, metric):
-        self.waveforms, self.labels, self.classes = waveforms, labels, classes
-        self.lengths, self.names, self.splits = np.asarray(lengths), names, np.asarray(splits, "U10")
-        self.metric, self.rows = metric, np.arange(len(labels))
-        self.seconds = 10.0         # of the longest crop that `clip` gives
+    def __init__(self, waveforms, labels, classes, names, splits, metric):
+        self.waveforms, self.labels, self.classes, self.names, self.metric = waveforms, labels, classes, names, metric
+        packed = isinstance(waveforms, Shards)
+        self.lengths = waveforms.lengths if packed else np.array([len(waveform) for waveform in waveforms])
+        self.splits, self.rows = np.asarray(splits, "U10"), np.arange(len(labels))
+        self.seconds = 10.0         # of the longest crop that `crop` gives
 
     def __len__(self):
         return len(self.rows)
@@ -779,24 +805,22 @@ class Labelled:
 
     def waveform(self, i):
         """Clip i, whole: int16 (S,)."""
-        return np.array(self.waveforms[self.rows[i]])       # torch warns of arrays that are read-only
+        return self.waveforms[self.rows[i]]
 
-    def clip(self, i, rng):
+    def crop(self, i, rng):
         """Clip i for training, a random crop of what is longer than `seconds`: int16 (S,)."""
-        return crop(self.waveforms[self.rows[i]], round(self.seconds * SAMPLE_RATE), rng)
-
-    def longest(self):
-        """Samples of the longest clip that `clip` can give."""
-        return min(round(self.seconds * SAMPLE_RATE), int(self.lengths.max()))
+        waveform, samples = self.waveform(i), round(self.seconds * SAMPLE_RATE)
+        start = rng.integers(max(len(waveform) - samples, 0) + 1)
+        return waveform[start:start + samples]
 
     def targets(self, numbers):
         """Labels of these clips as (n, C) of 0 and 1, float32."""
         dense = np.zeros((len(numbers), len(self.classes)), np.float32)
-        for row, i in zip(dense, numbers):
+        for row, i in zip(dense, numbers, strict=True):
             row[list(self.labels[i])] = 1
         return dense
 
-    def members(self):
+    def clips_by_class(self):
         """For each class, the numbers of the clips that have it: C arrays."""
         clip = np.repeat(np.arange(len(self)), [len(own) for own in self.labels])
         label = np.fromiter((c for own in self.labels for c in own), np.int64, len(clip))
@@ -807,15 +831,14 @@ class Labelled:
         """A random part of the clips, drawn class by class so that no class is lost.
 
         A clip with several labels counts for the rarest of them. Smaller fractions of the same
-        seed are part of larger ones. A set with clips under a second, which `pack` puts last, has others
-        when it is packed.
+        seed are part of larger ones.
         """
-        members = self.members()
+        by_class = self.clips_by_class()
         priority = np.random.default_rng(seed).permutation(len(self))       # of each clip
-        none = len(members)                                 # in place of a class, for clips without labels
-        rarest = np.array([min(own, key=lambda c: len(members[c]), default=none) for own in self.labels])
+        none = len(by_class)                                # in place of a class, for clips without labels
+        rarest = np.array([min(own, key=lambda c: len(by_class[c]), default=none) for own in self.labels])
         keep = set()
-        for c, clips in enumerate([*members, np.flatnonzero(rarest == none)]):
+        for c, clips in enumerate([*by_class, np.flatnonzero(rarest == none)]):
             clips = clips[np.argsort(priority[clips])]
             own = clips[rarest[clips] == c]
             keep.update(own[:round(fraction * len(own))])
@@ -827,7 +850,7 @@ class Labelled:
         """What to compare when numbers differ: clips, a hash of their names and labels, mean and
         standard deviation of the log-mels (before normalisation) of 200 of them."""
         text = "\n".join(f"{name} {';'.join(sorted(self.classes[c] for c in own))}"
-                         for name, own in sorted(zip(self.names, self.labels)))
+                         for name, own in sorted(zip(self.names, self.labels, strict=True)))
         digest = hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:8]
         some = np.argsort(self.names)[np.linspace(0, len(self) - 1, min(len(self), 200)).astype(int)]
         frontend = LogMel()
@@ -836,21 +859,20 @@ class Labelled:
 
 
 def synth(train=1000, test=500):
-    """Synthetic clips with the kinds of event in them as labels."""
-    kinds = list(KINDS)
+    """Synthetic clips, labelled with the classes of the events in them."""
+    classes = list(SOUND_CLASSES)
     jobs = [("train", i) for i in range(train)] + [("test", i) for i in range(test)]
     made = [synth_clip(i, split) for split, i in
             tqdm(jobs, "synth", unit=" clips", leave=False, disable=None)]
-    labels = [tuple({kinds.index(event[0]) for event in events}) for _, events in made]
-    waveforms = [waveform for waveform, _ in made]
-    return Labelled(waveforms, [len(w) for w in waveforms], labels, kinds,
-                    [f"synth/{split}/{i}" for split, i in jobs], [split for split, _ in jobs], "mAP")
+    labels = [tuple({classes.index(event[0]) for event in events}) for _, events in made]
+    return LabelledSet([waveform for waveform, _ in made], labels, classes,
+                       [f"synth/{split}/{i}" for split, i in jobs], [split for split, _ in jobs], "mAP")
 
 
 def read_tables(data, root):
     """A labelled set before its audio: (the clips that are there, their labels as class numbers; their
     paths; how many are missing; classes; metric). Raises InputError where no clip is there."""
-    reader, metric = LABELLED[data]
+    reader, metric = READERS[data]
     if root is None:
         place = "table" if data == "csv" else "folder where it lies"
         raise InputError(f"--data {data} needs --root, the {place}")
@@ -858,9 +880,9 @@ def read_tables(data, root):
         clips, classes = reader(root)
         paths = [clip.files if clip.files.is_file() else None for clip in clips]
     else:
-        tree = Tree(root)
-        clips, classes = reader(tree)
-        paths = [tree.find(clip.files) for clip in clips]
+        index = FileIndex(root)
+        clips, classes = reader(index)
+        paths = [index.find(clip.files) for clip in clips]
     if not any(paths):
         raise InputError(f"{root}: none of the {len(clips)} recordings of {data} is there, such as "
                          f"{clips[0].files if data in ('csv', 'folder') else clips[0].files[0] + '.wav'}"
@@ -869,13 +891,17 @@ def read_tables(data, root):
     if metric is None:
         metric = "accuracy" if all(len(clip.labels) == 1 for clip in clips) else "mAP"
     number = {name: c for c, name in enumerate(classes)}
-    clips = [clip._replace(labels=tuple(number[label] for label in clip.labels))
-             for clip, path in zip(clips, paths) if path is not None]
-    return clips, [path for path in paths if path is not None], paths.count(None), classes, metric
+    missing = paths.count(None)
+    clips, paths = map(list, zip(*(
+        (clip._replace(labels=tuple(number[label] for label in clip.labels)), path)
+        for clip, path in zip(clips, paths, strict=True) if path is not None), strict=True))
+    if data in ("folder", "csv"):
+        refuse_leaks(clips, paths)
+    return clips, paths, missing, classes, metric
 
 
-def labelled(data, root=None, workers=None, say=print):
-    """The labelled set of this name in LABELLED, from its root or from where `pack --data` put it.
+def load_labelled(data, root=None, workers=None, say=print):
+    """The labelled set of this name in READERS, from its root or from where `pack --data` put it.
 
     Says in a line what is there and what is not. Raises InputError for what is missing or damaged.
     """
@@ -885,15 +911,14 @@ def labelled(data, root=None, workers=None, say=print):
         content = json.loads((Path(root) / "labels.json").read_text())
         if content["data"] != data:
             raise InputError(f"{root}: holds packed {content['data']}, not {data}: name it with --data")
-        waveforms = Shards(root)
-        result = Labelled(waveforms, waveforms.lengths, [tuple(own) for own in content["labels"]],
-                          content["classes"], waveforms.names, content["splits"],
-                          content["metric"])
+        shards = Shards(root)
+        result = LabelledSet(shards, [tuple(own) for own in content["labels"]], content["classes"], shards.names,
+                             content["splits"], content["metric"])
         missing, reasons = content["missing"], (Path(root) / "skipped.txt").read_text("utf-8").split("\n")[:-1]
     else:
         clips, files, missing, classes, metric = read_tables(data, root)
         waveforms, kept, reasons, samples = [], [], [], 0
-        for clip, (path, waveform) in zip(clips, decoded(files, workers)):
+        for clip, (path, waveform) in zip(clips, decode(files, workers), strict=True):
             if isinstance(waveform, str):
                 reasons.append(f"{path}: {waveform}")
                 continue
@@ -903,8 +928,8 @@ def labelled(data, root=None, workers=None, say=print):
             if samples > IN_MEMORY * 3600 * SAMPLE_RATE:
                 raise InputError(f"{root}: more than {IN_MEMORY} hours, too much to decode in each run: "
                                  f"first python datasets.py pack {root} OUT --data {data}, then --root OUT")
-        result = Labelled(waveforms, [len(w) for w in waveforms], [clip.labels for clip in kept], classes,
-                          [clip.name for clip in kept], [clip.split for clip in kept], metric)
+        result = LabelledSet(waveforms, [clip.labels for clip in kept], classes, [clip.name for clip in kept],
+                             [clip.split for clip in kept], metric)
     say(f"{data}: {len(result)} clips, {len(result.classes)} classes, "
         f"{result.lengths.sum() / SAMPLE_RATE / 3600:.2f} hours; {missing} missing, {len(reasons)} unreadable"
         + f" ({'; '.join(reasons[:3])}{'; ...' * (len(reasons) > 3)})" * bool(reasons))
@@ -926,58 +951,26 @@ ESC50_URL = "https://github.com/karolpiczak/ESC-50/archive/refs/heads/master.zip
 ESC50_MD5 = "54a0d0055a10bb7df84ad340a148722e"
 
 
-def download(url, path):
-    """Fetch a file, with a progress bar. What broke off goes on where it was, if the server can do that,
-    else from the start; `path` is there only when whole. Raises InputError where it can't be had."""
-    part = Path(path).with_suffix(".part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            have = have if response.status == 206 else 0                # 206: only what was missing
-            length = response.headers["Content-Length"]
-            total = have + int(length) if length else None
-            with open(part, "ab" if have else "wb") as file, tqdm(
-                    total=total, initial=have, desc="download", unit="B", unit_scale=True) as bar:
-                while chunk := response.read(2**20):
-                    file.write(chunk)
-                    bar.update(len(chunk))
-                size = file.tell()
-    except urllib.error.HTTPError as error:
-        if error.code != 416:                                           # 416: there is nothing more
-            raise InputError(f"{url}: {error}") from None
-        part.unlink()
-        return download(url, path)
-    except (OSError, http.client.HTTPException) as error:
-        raise InputError(f"{url}: {str(error) or type(error).__name__}; run it again to go on") from None
-    if total is not None and size != total:
-        raise InputError(f"{url}: broke off after {size} of {total} bytes; run it again to go on")
-    os.replace(part, path)
-
-
 def download_esc50(root):
-    """Put ESC-50 (600 MB) below `root`, where it isn't yet."""
-    archive = Path(root) / "ESC-50.zip"
-    if Path(root).is_dir() and "esc50.csv" in Tree(root).tables and not archive.exists():
+    """Put ESC-50 (600 MB) below `root`, where it isn't yet. Raises InputError where it can't be had."""
+    root, part = Path(root), Path(root) / "ESC-50.part"
+    if (root / "ESC-50").exists():
         return
-    if not archive.exists():
-        download(ESC50_URL, archive)
+    part.mkdir(parents=True, exist_ok=True)
     try:
-        with zipfile.ZipFile(archive) as content:
-            for name in tqdm(content.namelist(), "unpack", unit=" files", leave=False, disable=None):
-                content.extract(name, root)
-        md5 = hashlib.md5(Tree(root).table("esc50.csv").read_bytes()).hexdigest()
-    except (zipfile.BadZipFile, InputError, zlib.error) as error:
-        archive.unlink()
-        raise InputError(f"{archive}: damaged ({error}), and deleted; run the same command again") from None
+        torch.hub.download_url_to_file(ESC50_URL, part / "ESC-50.zip")
+        with zipfile.ZipFile(part / "ESC-50.zip") as archive:
+            archive.extractall(part)
+        md5 = hashlib.md5(FileIndex(part).table("esc50.csv").read_bytes()).hexdigest()
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{ESC50_URL}: {error}; run the same command again") from None
     if md5 != ESC50_MD5:
-        raise InputError(f"{Tree(root).table('esc50.csv')}: is not the official table (its MD5 is {md5}, "
-                         f"not {ESC50_MD5}); delete {root} and run the same command again")
-    archive.unlink()
+        raise InputError(f"{ESC50_URL}: its table is not the official one (its MD5 is {md5}, not {ESC50_MD5})")
+    (part / "ESC-50.zip").unlink()
+    part.rename(root / "ESC-50")
 
 
-# ------------------------------------------------------------------------------------------ batches
+# ---------------------------------------------------------------------------------------------- batches
 
 
 def shuffled(position, count, seed):
@@ -998,31 +991,31 @@ def shuffled(position, count, seed):
             return position
 
 
-class Drawn(torch.utils.data.Dataset):
-    """Clip n of an endless stream of shuffled epochs: (int16 waveform, its number in the source).
+class ClipStream(torch.utils.data.Dataset):
+    """Crop n of an endless stream of shuffled epochs: (int16 waveform, its number in the source).
 
-    With `members`, the clips of each class, the stream is balanced (Sec. 4.1): each class comes once in
-    as many draws as there are classes, and each of its clips once before the first comes again.
+    With `clips_by_class` the stream is balanced (Sec. 4.1): each class comes once in as many draws as there
+    are classes, and each of its clips once before the first comes again.
     Which clip, which crop and all depend on (seed, n) only, not on who draws it or what was before.
     """
 
-    def __init__(self, source, seed, members=None):
+    def __init__(self, source, seed, clips_by_class=None):
         self.source, self.seed = source, seed
-        self.members = members and [clips for clips in members if len(clips)]
+        self.clips_by_class = clips_by_class and [clips for clips in clips_by_class if len(clips)]
 
     def number(self, n):
-        """Which clip of the source comes n-th in the stream."""
-        if self.members is None:
+        """Which crop of the source comes n-th in the stream."""
+        if self.clips_by_class is None:
             epoch, position = divmod(n, len(self.source))
             return shuffled(position, len(self.source), f"{self.seed} {epoch}")
-        turn, position = divmod(n, len(self.members))
-        c = shuffled(position, len(self.members), f"{self.seed} classes {turn}")
-        epoch, position = divmod(turn, len(self.members[c]))
-        return int(self.members[c][shuffled(position, len(self.members[c]), f"{self.seed} {c} {epoch}")])
+        turn, position = divmod(n, len(self.clips_by_class))
+        c = shuffled(position, len(self.clips_by_class), f"{self.seed} classes {turn}")
+        epoch, position = divmod(turn, len(self.clips_by_class[c]))
+        return int(self.clips_by_class[c][shuffled(position, len(self.clips_by_class[c]), f"{self.seed} {c} {epoch}")])
 
     def __getitem__(self, n):
         i = self.number(n)
-        return self.source.clip(i, np.random.default_rng([self.seed, n])), i
+        return self.source.crop(i, np.random.default_rng([self.seed, n])), i
 
 
 def collate(clips, samples=None):
@@ -1032,41 +1025,38 @@ def collate(clips, samples=None):
     """
     lengths = torch.tensor([len(waveform) for waveform, _ in clips])
     waveform = np.zeros((len(clips), samples or int(lengths.max())), np.int16)
-    for row, (clip, _) in zip(waveform, clips):
+    for row, (clip, _) in zip(waveform, clips, strict=True):
         row[:len(clip)] = clip
     return torch.from_numpy(waveform), lengths, torch.tensor([number for _, number in clips])
 
 
 def batches(source, batch_size, updates, seed, first=0, rank=0, world=1, workers=0, samples=None,
-            members=None):
-    """Batches for updates `first` to `updates`: this process's share of each global batch.
+            clips_by_class=None):
+    """Batches for updates `first` to `updates`: this process's part of each global batch.
 
-    Update u draws clips u * batch_size and on of the stream `Drawn`, whatever the number of
-    processes. Each batch is as `collate` gives it, padded to `samples` or to its longest clip.
+    Update u draws crops u * batch_size and on of the `ClipStream`, whatever the number of processes. Each
+    batch is as `collate` gives it, padded to `samples` or to its longest clip.
     """
-    share = batch_size // world
-    numbers = (range(u * batch_size + rank * share, u * batch_size + (rank + 1) * share)
+    local_batch = batch_size // world
+    numbers = (range(u * batch_size + rank * local_batch, u * batch_size + (rank + 1) * local_batch)
                for u in range(first, updates))
     return torch.utils.data.DataLoader(
-        Drawn(source, seed, members), batch_sampler=numbers, num_workers=workers,
+        ClipStream(source, seed, clips_by_class), batch_sampler=numbers, num_workers=workers,
         collate_fn=functools.partial(collate, samples=samples),
-        worker_init_fn=leave_signals_alone, pin_memory=torch.cuda.is_available())
+        worker_init_fn=ignore_signals, pin_memory=torch.cuda.is_available())
 
 
-def leave_signals_alone(_):
-    """In a process that reads data: whether Ctrl-C and SIGTERM end the run is for the trainer to decide."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+# ----------------------------------------------------------------------------------------- command line
 
 
 def main():
     """The command line: `pack` and `synth`."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("pack", help="decode a folder of recordings into int16 shards")
     command.add_argument("folder", help="recordings, in sub-folders too: " + " ".join(AUDIO))
-    command.add_argument("out", help="folder to write; 115 MB an hour. If it was interrupted, it goes on")
-    command.add_argument("--data", choices=[name for name in LABELLED if name != "synth"],
+    command.add_argument("out", help="folder to write; 115 MB an hour. If it was interrupted, it continues there")
+    command.add_argument("--data", choices=[name for name in READERS if name != "synth"],
                          help="pack this labelled data set, with its labels, for finetune.py")
     command.add_argument("--shard-hours", type=in_range(float, 1e-3, 100), default=5.0,
                          help="hours in a file (%(default)s)")
@@ -1079,35 +1069,28 @@ def main():
     command.add_argument("out", help="folder to write")
     command.add_argument("--clips", type=in_range(int, 1, 10**6), default=10, help="(%(default)s)")
     args = parser.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")       # file names hold anything
-    try:
-        if args.command == "pack":
-            began, options = time.time(), dict(shard_hours=args.shard_hours, workers=args.workers)
-            if args.data:
-                kept, skipped = pack_labelled(args.data, args.folder, args.out, **options)
-            else:
-                files = audio_files(args.folder)
-                names = [str(path.relative_to(args.folder)) for path in files]
-                kept, skipped = pack(files, names, args.out, keep_silent=args.keep_silent, **options)
-            hours, minutes = Shards(args.out).lengths.sum() / SAMPLE_RATE / 3600, (time.time() - began) / 60
-            print(f"{len(kept)} recordings, {hours:.2f} hours, in {args.out}; {minutes:.1f} min, "
-                  f"{hours / minutes:.1f} hours a minute")
-            if skipped:
-                silent = sum(": silent" in line for line in skipped)
-                print(f"{len(skipped)} skipped, {silent} of them silent; listed in "
-                      f"{Path(args.out) / 'skipped.txt'}:",
-                      *skipped[:10], *["..."] * (len(skipped) > 10), sep="\n  ")
-        else:
-            Path(args.out).mkdir(parents=True, exist_ok=True)
-            for i in range(args.clips):
-                waveform, events = synth_clip(i)
-                soundfile.write(Path(args.out) / f"{i}.wav", waveform, SAMPLE_RATE)
-                print(f"{i}.wav", json.dumps(events))
-    except (InputError, OSError) as error:
-        parser.exit(2, f"datasets.py: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "datasets.py: interrupted; the same command goes on\n")
+    if args.command == "synth":
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        for i in range(args.clips):
+            waveform, events = synth_clip(i)
+            soundfile.write(Path(args.out) / f"{i}.wav", waveform, SAMPLE_RATE)
+            print(f"{i}.wav", json.dumps(events))
+        return
+    began, options = time.time(), dict(shard_hours=args.shard_hours, workers=args.workers)
+    if args.data:
+        kept, skipped = pack_labelled(args.data, args.folder, args.out, **options)
+    else:
+        files = audio_files(args.folder)
+        names = [str(path.relative_to(args.folder)) for path in files]
+        kept, skipped = pack(files, names, args.out, keep_silent=args.keep_silent, **options)
+    hours, minutes = Shards(args.out).lengths.sum() / SAMPLE_RATE / 3600, (time.time() - began) / 60
+    print(f"{len(kept)} recordings, {hours:.2f} hours, in {args.out}; {minutes:.1f} min, "
+          f"{hours / minutes:.1f} hours a minute")
+    if skipped:
+        silent = sum(": silent" in line for line in skipped)
+        print(f"{len(skipped)} skipped, {silent} of them silent; listed in {Path(args.out) / 'skipped.txt'}:",
+              *skipped[:10], *["..."] * (len(skipped) > 10), sep="\n  ")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

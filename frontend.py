@@ -1,4 +1,4 @@
-"""Waveform to log-mel spectrogram: what the model hears (Sec. 2.2, "Frontend").
+"""Waveform to log-mel spectrogram, the model's input (Sec. 2.2, "Frontend").
 
 A microphone's 16,000 numbers a second are too many and too fine to learn from. `LogMel` cuts them
 into overlapping windows of 64 ms, one every 20 ms, measures the power at each frequency, sums it
@@ -16,6 +16,7 @@ WINDOW = 1024         # samples: 64 ms
 HOP = 320             # samples: 20 ms
 MELS = 64
 FLOOR = 1e-10         # power below which all is silence; keeps the logarithm finite
+SILENT_LEVEL = 1e-4   # root mean square (-80 dB of full scale) below which a waveform is not amplified further
 
 
 def mel_to_hz(mel):
@@ -50,13 +51,28 @@ def frame_count(samples):
     return frames.clamp(min=1) if torch.is_tensor(frames) else max(frames, 1)
 
 
+def padding_mask(lengths, log_mel):
+    """Padding mask (B, T), True at padding, of log-mels (B, T, 64) of waveforms of `lengths` (B,) samples.
+
+    None where there is no padding.
+    """
+    frames = frame_count(lengths)
+    if frames.min() >= log_mel.shape[1]:
+        return None
+    return torch.arange(log_mel.shape[1], device=log_mel.device) >= frames.to(log_mel.device)[:, None]
+
+
 class LogMel(nn.Module):
     """Normalised log-mel spectrogram.
 
-    waveform (B, S), float in [-1, 1] or int16  ->  log-mels (B, T, 64), float32, T = max(S // 320, 1).
+    waveform (B, S), float in [-1, 1] or int16, and lengths (B,) in samples where zeros pad it (None: nowhere)
+    ->  log-mels (B, T, 64), float32, T = max(S // 320, 1).
+
+    Each waveform is first scaled to a root mean square of 1 (as in fairseq's wav2vec 2.0 "large"): how loud a
+    recording is says little about what is in it, yet would make up most of the variance between clips.
     Frame t is centred on sample 320 t; beyond the ends the waveform counts as zeros, so that a
     clip's frames are the same alone and zero-padded in a batch. Each band is shifted and scaled by
-    the mean and standard deviation of the pre-training corpus, which `measure` finds. They are
+    the mean and standard deviation of the pre-training corpus, see `fit_normalization`. They are
     buffers: they travel in every checkpoint, so that no later use can normalise differently.
 
     Raises ValueError for a waveform that is empty or not (B, S).
@@ -69,10 +85,13 @@ class LogMel(nn.Module):
         self.register_buffer("mean", torch.zeros(MELS))
         self.register_buffer("std", torch.ones(MELS))
 
-    def forward(self, waveform):
+    def forward(self, waveform, lengths=None):
         if waveform.dim() != 2 or waveform.shape[1] == 0:
             raise ValueError(f"LogMel takes waveforms of shape (B, S), not {tuple(waveform.shape)}")
         waveform = waveform.float() / 32768 if waveform.dtype == torch.int16 else waveform.float()
+        samples = waveform.shape[1] if lengths is None else lengths.to(waveform.device)[:, None]
+        level = (waveform.square().sum(1, keepdim=True) / samples).sqrt()
+        waveform = waveform / level.clamp(min=SILENT_LEVEL)
         frames = F.pad(waveform, (WINDOW // 2, WINDOW // 2)).unfold(1, WINDOW, HOP)
         frames = frames[:, :frame_count(waveform.shape[1])]         # (B, T, WINDOW)
         spectrum = torch.fft.rfft(frames * self.window)             # (B, T, WINDOW / 2 + 1)
@@ -81,7 +100,7 @@ class LogMel(nn.Module):
         return (log_mel - self.mean) / self.std
 
     @torch.no_grad()
-    def measure(self, batches):
+    def fit_normalization(self, batches):
         """Set mean and standard deviation, per band, from an iterable of (waveform, lengths).
 
         waveform (B, S) as in `forward`; lengths (B,) in samples: what lies behind is padding.
@@ -91,14 +110,14 @@ class LogMel(nn.Module):
         self.std.fill_(1)
         count, total, squares = 0, 0.0, 0.0
         for waveform, lengths in batches:
-            log_mel = self(waveform).cpu().double()                 # (B, T, 64)
+            log_mel = self(waveform, lengths).cpu().double()                 # (B, T, 64)
             real = torch.arange(log_mel.shape[1]) < frame_count(lengths.cpu())[:, None]
             log_mel = log_mel[real]                                 # (frames, 64)
             count += len(log_mel)
             total = total + log_mel.sum(0)
             squares = squares + log_mel.square().sum(0)
         if count == 0:
-            raise ValueError("no audio to measure mean and standard deviation on")
+            raise ValueError("no audio to compute mean and standard deviation from")
         mean = total / count
         self.mean.copy_(mean)
         # The floor keeps a band that is constant (all silence) from being blown up.

@@ -1,14 +1,15 @@
-"""wav2vec 2.0 on log-mels: learn sound by guessing what was masked (Sec. 2.2, Fig. 1a and 1c).
+"""wav2vec 2.0 on log-mels: learn from sound by predicting what was masked (Sec. 2.2, Fig. 1a and 1c).
 
-A feature encoder turns each 80 ms of log-mels into a latent vector z. Some spans of latents are
-masked, a conformer reads the rest, and at each masked step its output, the context c, has to tell
-the latent that was there from distractors: latents of other masked steps of the same clip. What it
-must know to win, about how sound goes on, is what fine-tuning starts from.
+A feature encoder turns each 80 ms of log-mels into a latent vector z. Some spans of latents are masked and
+a conformer reads the rest. At each masked step its output, the context c, has to tell the latent that was
+there from distractors: latents of other masked steps of the same clip.
 
     python wav2vec2.py     prints the sizes beside the paper's
 
-Tensors are (B, L, D): batch, latents in time (12.5 a second), width. C is the width of a latent.
+Shapes: B clips, T frames, L latents in time (12.5 a second), D width of the conformer, E width of a latent,
+M masked steps, K distractors.
 """
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -16,66 +17,80 @@ from torch import nn
 from torch.nn import functional as F
 
 from conformer import Conformer
-from frontend import MELS
+from datasets import InputError
+from frontend import MELS, LogMel
 
 SIZES = {
-    "tiny": dict(width=128, blocks=4, heads=4, ffn=512),                # for a laptop
-    "small": dict(width=256, blocks=12, heads=8, ffn=1024),             # cf S
-    "large": dict(width=768, blocks=12, heads=12, ffn=1024),            # cf L
+    "tiny": dict(dim=128, blocks=4, heads=4, ffn_dim=512),              # for a laptop
+    "small": dict(dim=256, blocks=12, heads=8, ffn_dim=1024),           # cf S
+    "large": dict(dim=768, blocks=12, heads=12, ffn_dim=1024),          # cf L
 }
-# mask, span and distractors are mask_prob, mask_length and num_negatives in wav2vec 2.0's own code.
 COMMON = dict(
     first_kernel=31, kernel=15, dropout=0.1, norm="group",
     stack=4,            # R: log-mel frames in a latent
-    latent=256,         # C: width of a latent
-    mask=0.3,           # share of the latents that are masked
-    span=3,             # masked latents in a row: 240 ms
+    latent_dim=256,     # E
+    mask_prob=0.3,      # share of the latents that are masked
+    mask_length=3,      # latents in a masked span: 240 ms
     distractors=100,    # K
     temperature=0.1,    # divides the similarities of Eq. 1, as in wav2vec 2.0
 )
 
+# What a batch is summed up in, see `Wav2Vec2.forward`: sums of micro-batches and of processes just add.
+SUMS = ("count", "loss", "correct", "chance", "masked", "steps", "duplicates", "variance", "cosine", "pairs",
+        "too_short")
 
-class Pretraining(NamedTuple):
-    """What `Wav2Vec2` returns: the loss of Eq. 1 and how healthy the training is (all scalars).
 
-    An accuracy that stays at chance, a spread that goes to 0 or a cosine that goes to 1 say that
-    the latents have collapsed into one.
+class PretrainOutput(NamedTuple):
+    """What `Wav2Vec2` returns: the loss of Eq. 1, and sums from which `summarize` makes the logged figures."""
+    loss: torch.Tensor          # mean over the masked steps that count, in nats
+    count: torch.Tensor         # number of masked steps that count
+    sums: torch.Tensor          # (len(SUMS),), without gradient
+
+
+def summarize(sums):
+    """The figures that tell how healthy a training is, from the numbers in SUMS: a dictionary.
+
+    An accuracy that stays at chance, a latent_std that goes to 0 or a latent_cosine that goes to 1 mean
+    that the latents have collapsed into one.
     """
-    loss: torch.Tensor              # mean over the masked steps that count, in nats
-    count: torch.Tensor             # masked steps that count
-    accuracy: torch.Tensor          # share of them whose own latent scores above all distractors
-    chance: torch.Tensor            # the accuracy of a blind guess
-    masked: torch.Tensor            # share of the steps that are masked
-    latent_std: torch.Tensor        # of the masked latents: standard deviation over time
-    latent_cosine: torch.Tensor     # of the same: mean cosine between two of different steps of a clip
-    duplicates: torch.Tensor        # share of distractors that equal the latent to be found
-    dropped: torch.Tensor           # masked steps without one distractor left, not counted
+    s = dict(zip(SUMS, sums, strict=True))
+    count, masked = max(s["count"], 1), max(s["masked"], 1)
+    return dict(
+        loss=s["loss"] / count,                             # nats
+        accuracy=s["correct"] / count,                      # share whose own latent scores above all distractors
+        chance=s["chance"] / count,                         # the accuracy of a blind guess
+        masked=s["masked"] / max(s["steps"], 1),            # share of the latents that are masked
+        latent_std=(s["variance"] / masked) ** 0.5,         # of the masked latents over time
+        latent_cosine=s["cosine"] / max(s["pairs"], 1),     # mean between two masked latents of a clip
+        duplicates=s["duplicates"] / masked,                # share of distractors that equal the target
+        dropped=s["masked"] - s["count"],                   # masked steps without any other distractor
+        too_short=s["too_short"])                           # clips with too few latents to mask any
 
 
-def diagnosis(figures):
-    """What is wrong with a pre-training of these figures (of `Pretraining`, as numbers), in words; or None."""
+def collapse_warning(figures):
+    """What is wrong with a pre-training of these figures (see `summarize`), in words; None if nothing is."""
     if figures["latent_std"] < 0.01 or figures["latent_cosine"] > 0.99:
-        return (f"the latents of a clip are nearly all alike (cosine {figures['latent_cosine']:.3f}, spread "
-                f"{figures['latent_std']:.3f}): collapsed, or the data are silence. Lower --lr, warm up longer, "
-                "look at the data")
+        return (f"the latents of a clip are nearly all alike (cosine {figures['latent_cosine']:.3f}, standard "
+                f"deviation {figures['latent_std']:.3f}): collapsed, or the data are silence. Lower --lr, warm up "
+                "longer, check the data")
     if figures["duplicates"] > 0.5:
-        return (f"{figures['duplicates']:.0%} of the distractors equal what is to be found: silence or loops "
-                "in the data teach nothing")
+        return (f"{figures['duplicates']:.0%} of the distractors equal their target: the data are largely silence "
+                "or loops, from which nothing can be learned")
     return None
 
 
 class FeatureEncoder(nn.Module):
     """Log-mels to latents z: stack R frames, one linear layer, LayerNorm (Sec. 2.2).
 
-    log_mel (B, T, 64), padding_mask (B, T) or None -> z (B, L, C) and its padding mask (B, L) or
-    None, with L = ceil(T / R). What is missing from a last latent is 0, a band's mean.
+    log_mel (B, T, 64), padding_mask (B, T) or None -> z (B, L, E) and its padding mask (B, L) or None, with
+    L = ceil(T / R). Frames missing from the last latent are 0, the mean of each band.
     """
 
-    def __init__(self, stack, latent):
+    def __init__(self, stack, latent_dim):
         super().__init__()
         self.stack = stack
-        self.linear = nn.Linear(stack * MELS, latent)
-        self.norm = nn.LayerNorm(latent)
+        self.linear = nn.Linear(stack * MELS, latent_dim)
+        self.norm = nn.LayerNorm(latent_dim)
 
     def forward(self, log_mel, padding_mask=None):
         missing = -log_mel.shape[1] % self.stack
@@ -88,66 +103,67 @@ class FeatureEncoder(nn.Module):
         return self.norm(self.linear(stacked)), padding_mask
 
 
-def span_mask(noise, share, span, padding_mask=None):
-    """Choose the steps to mask: random spans of `span` steps until `share` of a clip is masked.
+def span_mask(rand, mask_prob, mask_length, padding_mask=None):
+    """Choose the steps to mask: random spans of `mask_length` steps until `mask_prob` of a clip is masked.
 
-    noise (B, L): uniform random numbers, one a step. The step with the largest starts the first
-    span, the next largest the second, and so on without replacement; spans may overlap, none
-    reaches into the padding. Drawing stops at exactly round(share * length) masked steps (which
-    may cut the last span short), at least span + 1, so that there is more than one span: every
-    clip of a length masks the same number, whatever else is in its batch. Returns the mask (B, L).
+    rand (B, L): uniform random numbers, one a step. The step with the largest starts the first span, the
+    next largest the second, and so on without replacement; spans may overlap, none reaches into the padding.
+    Exactly round(mask_prob * length) steps are masked (which may cut the last span short), at least
+    mask_length + 1, so that there is more than one span, and never all: every clip of a length masks the same
+    number, whatever else is in its batch. Clips of up to mask_length + 1 steps are too short, and none of
+    their steps is masked. Returns the mask (B, L).
     """
-    B, L = noise.shape
+    B, L = rand.shape
     if padding_mask is None:
-        padding_mask = noise.new_zeros(B, L, dtype=torch.bool)
+        padding_mask = rand.new_zeros(B, L, dtype=torch.bool)
     lengths = (~padding_mask).sum(1, keepdim=True)                              # (B, 1)
-    steps = torch.arange(L, device=noise.device)
-    may_start = steps <= (lengths - span).clamp(min=0)
-    noise = torch.where(may_start, noise, -1)
+    steps = torch.arange(L, device=rand.device)
+    may_start = steps <= lengths - mask_length
+    rand = torch.where(may_start, rand, -1)
     # A step is masked as soon as a span that covers it is: one that starts on it or just before.
-    urgency = F.max_pool1d(F.pad(noise, (span - 1, 0), value=-1), span, stride=1)   # (B, L)
-    urgency = urgency.masked_fill(padding_mask, -2)
-    rank = urgency.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    wanted = (share * lengths).round().clamp(min=span + 1)
-    return rank < torch.minimum(wanted, lengths)
+    score = F.max_pool1d(F.pad(rand, (mask_length - 1, 0), value=-1), mask_length, stride=1)    # (B, L)
+    score = score.masked_fill(padding_mask, -2)
+    rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    number = (mask_prob * lengths).round().clamp(min=mask_length + 1).minimum(lengths - 1)
+    return rank < torch.where(lengths > mask_length + 1, number, 0)
 
 
-def masked_steps(mask, share, span):
+def masked_steps(mask, mask_prob, mask_length):
     """Positions of the masked steps, in order: mask (B, L) -> steps (B, M), valid (B, M).
 
     M is the largest number that `span_mask` masks of L steps, known without looking at the mask, so
-    that a GPU need not be waited for. Clips with fewer are filled up, valid is False there.
+    that a GPU need not be waited for. Clips with fewer are filled up; `valid` is False there.
     """
     L = mask.shape[1]
-    M = min(L, max(int(share * L) + 1, span + 1))
+    M = min(L, max(int(mask_prob * L) + 1, mask_length + 1))
     steps = mask.int().argsort(dim=1, descending=True, stable=True)[:, :M]
     return steps, mask.gather(1, steps)
 
 
-def sample_distractors(noise, valid):
-    """K distractors for each masked step, uniform with replacement from the clip's other ones.
+def sample_distractors(rand, valid):
+    """K distractors for each masked step, uniform with replacement from the clip's other masked steps.
 
-    noise (B, M, K) uniform in [0, 1), valid (B, M) -> indices (B, M, K) into the M masked steps,
+    rand (B, M, K) uniform in [0, 1), valid (B, M) -> indices (B, M, K) into the M masked steps,
     never the step itself. Meaningless where `valid` is False or a clip has a single masked step.
     """
     others = (valid.sum(1) - 1).clamp(min=1)[:, None, None]                     # (B, 1, 1)
-    index = (noise * others).long().clamp(max=others - 1)           # a product may round up
+    index = (rand * others).long().clamp(max=others - 1)            # a product may round up
     itself = torch.arange(valid.shape[1], device=valid.device)[:, None]         # (M, 1)
-    index = index + (index >= itself)                                           # hop over itself
+    index = index + (index >= itself)                               # skip the step itself
     return index.clamp(max=valid.shape[1] - 1)      # one masked step alone: meaningless, but an index
 
 
 def contrastive_loss(context, targets, distractors, valid, temperature):
     """Eq. 1: find each masked step's own latent among K distractors, by cosine similarity.
 
-    context c and targets z (B, M, C) at the masked steps; distractors (B, M, K) indices into M;
+    context c and targets z (B, M, E) at the masked steps; distractors (B, M, K) indices into M;
     valid (B, M) says which steps are masked ones. Similarities are divided by `temperature`, which
     is 1.0 in the equation as printed.
 
-    Returns the loss (B, M) in nats at each step, 0 where it does not count, and a dictionary of
-    (B, M) figures: `counts`, `correct`, `chance`, `duplicates`. A distractor that is equal to the
-    target (silence, a loop) has no right answer: it is left out, and a step that has none left does
-    not count. If such a step counted, its loss would be 0, and a collapsed model would look perfect.
+    Returns the loss (B, M) in nats at each step, 0 where it does not count, and a dictionary of (B, M)
+    figures: `counts`, `correct`, `chance`, `duplicates`. A distractor that equals its target (silence, a
+    loop) has no right answer: it is left out, and a step that has none left does not count. If such a step
+    counted, its loss would be 0, and a collapsed model would look perfect.
     """
     with torch.autocast(context.device.type, enabled=False):     # bf16 would blur the differences
         similarity = F.normalize(context.float(), dim=2) @ F.normalize(targets.float(), dim=2).mT
@@ -161,24 +177,23 @@ def contrastive_loss(context, targets, distractors, valid, temperature):
     return loss * counts, dict(
         counts=counts,
         correct=(positive > negative).all(2) & counts,
-        chance=1 / (1 + candidates),            # among the different ones: repeats do not count
-        duplicates=duplicate.float().mean(2))
+        chance=1 / (1 + candidates) * counts,       # among the different ones: repeats do not count
+        duplicates=duplicate.float().mean(2) * valid)
 
 
 def latent_health(z, valid):
-    """How different the latents of a clip are: latents z (B, M, C), valid (B, M) -> two scalars.
+    """How different the masked latents of a clip are: z (B, M, E), valid (B, M) -> three sums over the batch.
 
-    The standard deviation over time of their components (root mean square over components and
-    clips), and the mean cosine between two different latents of a clip.
+    The squared deviation of each latent from its clip's mean (mean over components); the cosine between
+    two different latents of a clip; and the number of such pairs.
     """
-    real = valid[:, :, None]
     count = valid.sum(1)                                                        # (B,)
-    mean = (z * real).sum(1, keepdim=True) / count[:, None, None]
-    variance = ((z - mean).square().mean(2) * valid).sum() / valid.sum()
+    z = z * valid[:, :, None]
+    mean = z.sum(1, keepdim=True) / count.clamp(min=1)[:, None, None]
+    variance = ((z - mean).square().mean(2) * valid).sum()
     # The cosines of all pairs add up to the squared length of the sum of the unit vectors.
-    sums = (F.normalize(z, dim=2) * real).sum(1).square().sum(1)
-    pairs = (count * (count - 1)).sum().clamp(min=1)
-    return variance.sqrt(), (sums - count).sum() / pairs
+    cosine = F.normalize(z, dim=2).sum(1).square().sum(1) - count
+    return variance, cosine.sum(), (count * (count - 1)).sum()
 
 
 class Wav2Vec2(nn.Module):
@@ -196,64 +211,107 @@ class Wav2Vec2(nn.Module):
         if unknown := changes.keys() - settings.keys():
             raise ValueError(f"no setting {', '.join(unknown)}: there are {', '.join(settings)}")
         self.settings = s = {**settings, **changes}     # all of it, to build the same model again
-        for name in ("width", "blocks", "heads", "ffn", "stack", "latent", "span", "distractors"):
+        for name in ("dim", "blocks", "heads", "ffn_dim", "stack", "latent_dim", "mask_length", "distractors"):
             if s[name] < 1:
                 raise ValueError(f"{name} must be at least 1, not {s[name]}")
-        if not 0 < s["mask"] < 1 or not 0 <= s["dropout"] < 1 or not s["temperature"] > 0:
-            raise ValueError("mask must lie between 0 and 1, dropout in [0, 1), temperature over 0")
+        if not 0 < s["mask_prob"] < 1 or not 0 <= s["dropout"] < 1 or not s["temperature"] > 0:
+            raise ValueError("mask_prob must lie between 0 and 1, dropout in [0, 1), temperature over 0")
         if s["norm"] not in ("group", "batch"):
             raise ValueError(f"norm must be group or batch, not {s['norm']}")
-        self.features = FeatureEncoder(s["stack"], s["latent"])
-        self.mask_embedding = nn.Parameter(torch.rand(s["latent"]))
-        self.input = nn.Linear(s["latent"], s["width"])
-        self.conformer = Conformer(s["width"], s["blocks"], s["heads"], s["ffn"],
+        self.features = FeatureEncoder(s["stack"], s["latent_dim"])
+        self.mask_embedding = nn.Parameter(torch.rand(s["latent_dim"]))
+        self.input_proj = nn.Linear(s["latent_dim"], s["dim"])
+        self.conformer = Conformer(s["dim"], s["blocks"], s["heads"], s["ffn_dim"],
                                    s["first_kernel"], s["kernel"], s["dropout"], s["norm"])
-        self.output = nn.Linear(s["width"], s["latent"])
+        self.output_proj = nn.Linear(s["dim"], s["latent_dim"])
 
-    def encode(self, log_mel, padding_mask=None):
-        """Embeddings for fine-tuning: log_mel (B, T, 64), padding_mask (B, T) or None ->
-        the last block's output (B, L, D), nothing masked, and its padding mask (B, L) or None."""
+    def encode(self, log_mel, padding_mask=None, layer=None):
+        """Embeddings for fine-tuning: log_mel (B, T, 64), padding_mask (B, T) or None -> the output (B, L, D)
+        of block `layer` (1 is the first, None the last), nothing masked, and its padding mask (B, L) or None."""
         z, padding_mask = self.features(log_mel, padding_mask)
-        return self.conformer(self.input(z), padding_mask), padding_mask
+        return self.conformer(self.input_proj(z), padding_mask, layer), padding_mask
 
-    def noise_shape(self, clips, frames):
+    def rand_shape(self, clips, frames):
         """Shape (B, L, 1 + K) of the random numbers that `forward` takes. Column 0 orders the spans;
         of the rest, row m draws the distractors of the m-th masked step."""
         return clips, -(-frames // self.settings["stack"]), 1 + self.settings["distractors"]
 
-    def forward(self, log_mel, padding_mask=None, noise=None):
-        """Pre-training: log_mel (B, T, 64), padding_mask (B, T) or None -> `Pretraining`.
+    def flops(self, frames):
+        """Floating point operations of a training step on a clip of so many frames: two for each weight and
+        latent, three times over for forward and backward pass, and those of attention."""
+        L = self.rand_shape(1, frames)[1]
+        weights = sum(p.numel() for p in self.parameters())
+        return 6 * weights * L + 12 * self.settings["blocks"] * self.settings["dim"] * L**2
 
-        noise (`noise_shape`), uniform in [0, 1), decides on masks and distractors and nothing else
-        does; drawn here where it is not given.
+    def forward(self, log_mel, padding_mask=None, rand=None):
+        """Pre-training: log_mel (B, T, 64), padding_mask (B, T) or None -> `PretrainOutput`.
+
+        rand (`rand_shape`), uniform in [0, 1), decides on masks and distractors and nothing else does; drawn
+        here where it is not given.
         """
         s = self.settings
-        z, padding_mask = self.features(log_mel, padding_mask)                  # (B, L, C)
-        if noise is None:
-            noise = torch.rand(self.noise_shape(*log_mel.shape[:2]), device=z.device)
-        mask = span_mask(noise[:, :, 0], s["mask"], s["span"], padding_mask)    # (B, L)
+        if rand is None:
+            rand = torch.rand(self.rand_shape(*log_mel.shape[:2]), device=log_mel.device)
+        z, padding_mask = self.features(log_mel, padding_mask)                          # (B, L, E)
+        mask = span_mask(rand[:, :, 0], s["mask_prob"], s["mask_length"], padding_mask)  # (B, L)
         masked_z = torch.where(mask[:, :, None], self.mask_embedding.to(z.dtype), z)
-        context = self.conformer(self.input(masked_z), padding_mask)            # (B, L, D)
+        context = self.conformer(self.input_proj(masked_z), padding_mask)               # (B, L, D)
 
-        steps, valid = masked_steps(mask, s["mask"], s["span"])                 # (B, M)
+        # The loss looks at the masked steps only. Targets come from z, not from masked_z.
+        steps, valid = masked_steps(mask, s["mask_prob"], s["mask_length"])             # (B, M)
         index = steps[:, :, None]
-        targets = z.gather(1, index.expand(-1, -1, z.shape[2]))         # from z, not from masked_z
-        context = self.output(context.gather(1, index.expand(-1, -1, context.shape[2])))
-        distractors = sample_distractors(noise[:, :steps.shape[1], 1:], valid)  # (B, M, K)
+        targets = z.gather(1, index.expand(-1, -1, z.shape[2]))                         # (B, M, E)
+        context = self.output_proj(context.gather(1, index.expand(-1, -1, context.shape[2])))
+        distractors = sample_distractors(rand[:, :steps.shape[1], 1:], valid)           # (B, M, K)
         loss, at = contrastive_loss(context, targets, distractors, valid, s["temperature"])
 
-        count, masked_count = at["counts"].sum(), valid.sum()
+        with torch.no_grad():
+            count, masked = at["counts"].sum(), valid.sum()
+            real = masked.new_tensor(mask.numel()) if padding_mask is None else (~padding_mask).sum()
+            sums = torch.stack([x.float() for x in (
+                count, loss.sum(), at["correct"].sum(), at["chance"].sum(), masked, real, at["duplicates"].sum(),
+                *latent_health(targets.float(), valid), (~mask.any(1)).sum())])
+        return PretrainOutput(loss.sum() / count.clamp(min=1), count, sums)
 
-        def mean(figure):
-            return (figure * at["counts"]).sum() / count.clamp(min=1)
 
-        real = mask.numel() if padding_mask is None else (~padding_mask).sum()
-        latent_std, latent_cosine = latent_health(targets.detach().float(), valid)
-        return Pretraining(
-            loss=loss.sum() / count.clamp(min=1), count=count, accuracy=mean(at["correct"]),
-            chance=mean(at["chance"]), masked=masked_count / real, latent_std=latent_std,
-            latent_cosine=latent_cosine, duplicates=(at["duplicates"] * valid).sum() / masked_count,
-            dropped=masked_count - count)
+def load_checkpoint(run, script=None):
+    """The checkpoint in a run's folder (or the file itself), on the CPU; `script` wrote it, if given.
+
+    Runs no code that may be hidden in it. Raises InputError where it is missing or something else.
+    """
+    path = Path(run)
+    path = path / "checkpoint.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise InputError(f"{path}: no checkpoint there; is the run's folder right?")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        written_by = checkpoint["script"]
+    except Exception as error:      # there is no telling what reading other bytes as a pickle stumbles over
+        raise InputError(f"{path}: not a checkpoint, or damaged ({type(error).__name__}); use another") from None
+    if script not in (None, written_by):
+        raise InputError(f"{path}: is from {written_by}, not from {script}; name the folder of such a run")
+    return checkpoint
+
+
+def load_weights(checkpoint, model, frontend):
+    """Put a checkpoint's weights into a model and a frontend. Raises InputError where they don't fit."""
+    try:
+        model.load_state_dict(checkpoint["model"])
+        frontend.load_state_dict(checkpoint["frontend"])
+    except (RuntimeError, KeyError):
+        raise InputError("the checkpoint's weights do not fit the model: it is of another version, or damaged; "
+                         "use another") from None
+
+
+def load_encoder(checkpoint):
+    """The model of a checkpoint, with new weights, and its frontend, with those of the checkpoint yet to come.
+
+    Raises InputError for settings that don't exist here.
+    """
+    try:
+        return Wav2Vec2(**checkpoint["settings"]), LogMel()     # the settings are complete, so no size counts
+    except (TypeError, ValueError, KeyError) as error:
+        raise InputError(f"the checkpoint is of another version, or damaged ({error}): use another") from None
 
 
 if __name__ == "__main__":
