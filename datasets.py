@@ -83,6 +83,23 @@ def run_script(main):
     sys.exit(code)
 
 
+class Bar(tqdm):
+    """A run's progress: a bar where stderr is a terminal, else a line every minute; neither if `silent`."""
+
+    def __init__(self, total, initial, label, silent=False):
+        super().__init__(total=total, initial=initial, desc=label, unit=" updates", smoothing=0.05,
+                         disable=True if silent else None)
+        self.label, self.silent, self.printed = label, silent, time.time()
+
+    def show(self, done, text):
+        """`done` updates are done; `text` says how it goes."""
+        self.update(done - self.n)
+        self.set_postfix_str(text, refresh=False)
+        if self.disable and not self.silent and time.time() - self.printed > 60:
+            sys.stderr.write(f"{self.label}: update {done} of {self.total}: {text}\n")
+            self.printed = time.time()
+
+
 def cores():
     """How many of the machine's cores this process may use, shared with the others that torchrun started."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -1030,14 +1047,17 @@ def collate(clips, samples=None):
     return torch.from_numpy(waveform), lengths, torch.tensor([number for _, number in clips])
 
 
-def batches(source, batch_size, updates, seed, first=0, rank=0, world=1, workers=0, samples=None,
+def batches(source, batch_size, updates, seed, first=0, rank=0, world=1, workers=None, samples=None,
             clips_by_class=None):
     """Batches for updates `first` to `updates`: this process's part of each global batch.
 
     Update u draws crops u * batch_size and on of the `ClipStream`, whatever the number of processes. Each
-    batch is as `collate` gives it, padded to `samples` or to its longest clip.
+    batch is as `collate` gives it, padded to `samples` or to its longest clip. `workers` processes read ahead
+    (None: with a GPU one a core, up to 8; without, none, as the training takes the cores).
     """
     local_batch = batch_size // world
+    if workers is None:
+        workers = min(8, cores()) if torch.cuda.is_available() else 0
     numbers = (range(u * batch_size + rank * local_batch, u * batch_size + (rank + 1) * local_batch)
                for u in range(first, updates))
     return torch.utils.data.DataLoader(

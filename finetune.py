@@ -18,8 +18,6 @@ import functools
 import json
 import math
 import os
-import signal
-import sys
 import time
 from pathlib import Path
 
@@ -34,10 +32,11 @@ from tqdm import tqdm
 import augment
 import metrics
 from conformer import BatchNorm, Dropout
-from datasets import (READERS, InputError, Parser, Shards, batches, collate, cores, download_esc50, in_range,
+from datasets import (READERS, Bar, InputError, Parser, batches, collate, cores, download_esc50, in_range,
                       load_labelled, open_audio, read_audio, run_script)
 from frontend import HOP, SAMPLE_RATE, LogMel, frame_count, padding_mask
-from pretrain import MAX_CONSECUTIVE_SKIPS, autocast, derive_seed, init_distributed, parse_run, save_checkpoint
+from pretrain import (MAX_CONSECUTIVE_SKIPS, autocast, derive_seed, finish, init_distributed, parse_run,
+                      save_checkpoint)
 from wav2vec2 import SIZES, Wav2Vec2, load_checkpoint, load_encoder, load_weights
 
 # Of each metric its value, or its values for all classes, of which it is the mean.
@@ -426,6 +425,8 @@ def train(model, frontend, training, valid, args, processes, label, save, state)
     resumed from. Raises InputError after MAX_CONSECUTIVE_SKIPS updates in a row that are not finite.
     """
     device, rank, world, signals = processes
+    local_batch = args.batch_size // world
+    micro_batch = args.micro_batch or local_batch
     wrapped = model.train() if world == 1 else DistributedDataParallel(model.train())
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=args.weight_decay,
@@ -435,14 +436,9 @@ def train(model, frontend, training, valid, args, processes, label, save, state)
         load_weights(state, model, frontend)
         optimizer.load_state_dict(state["optimizer"])
         first, scores, best_weights = state["update"], state["scores"], state["best_weights"]
-    local_batch = args.batch_size // world
-    micro_batch, packed = args.micro_batch or local_batch, isinstance(training.waveforms, Shards)
-    workers = args.workers if args.workers is not None else min(8, cores()) if device.type == "cuda" and packed else 0
-    loader = batches(training, args.batch_size, args.updates, args.seed, first, rank, world, workers,
+    loader = batches(training, args.batch_size, args.updates, args.seed, first, rank, world, args.workers,
                      clips_by_class=training.clips_by_class() if args.balance else None)
-    bar = tqdm(total=args.updates, initial=first, desc=label, unit=" updates", leave=False,
-               disable=True if rank else None)
-    printed = time.time()
+    bar, validate_every = Bar(args.updates, first, label, silent=rank > 0), max(1, args.updates // 20)
     # waveform (B, S) int16 and lengths (B,) in samples, on the CPU; numbers (B,) of the clips in the set.
     for update, (waveform, lengths, numbers) in enumerate(loader, first):
         for group in optimizer.param_groups:
@@ -478,12 +474,8 @@ def train(model, frontend, training, valid, args, processes, label, save, state)
                              f"with {', '.join(training.names[n] for n in numbers[:3])}, ...: lower --lr")
 
         done = update + 1
-        bar.update()
-        bar.set_postfix_str(f"loss {loss:.3f}" + f" best {scores['best'] or 0:.3f}" * (len(valid) > 0), refresh=False)
-        if bar.disable and rank == 0 and time.time() - printed > 60:
-            sys.stderr.write(f"{label}: update {done} of {args.updates}: {bar.postfix or f'loss {loss:.3f}'}\n")
-            printed = time.time()
-        if len(valid) and (done == args.updates or done % max(1, args.updates // 20) == 0):
+        bar.show(done, f"loss {loss:.3f}" + f" best {scores['best'] or 0:.3f}" * (len(valid) > 0))
+        if len(valid) and (done == args.updates or done % validate_every == 0):
             scores["last"], _ = evaluate(model, frontend, valid, args, device, rank, world)
             if scores["best"] is None or scores["last"] > scores["best"]:
                 scores["best"], best_weights = scores["last"], copy.deepcopy(model.state_dict())
@@ -492,21 +484,11 @@ def train(model, frontend, training, valid, args, processes, label, save, state)
                 save(model, update=done, frontend=frontend.state_dict(), optimizer=optimizer.state_dict(),
                      scores=scores, best_weights=best_weights)
             if stopping:
-                stop(args, processes)
+                finish(args, rank, world, signals, stopped=True)
     bar.close()
     if best_weights:
         model.load_state_dict(best_weights)
     return scores
-
-
-def stop(args, processes):
-    """Exit after a signal, perhaps to another process, when the checkpoint is written."""
-    _, rank, world, signals = processes
-    if world > 1:
-        dist.barrier()
-    if rank == 0:
-        tqdm.write(f"stopped by a signal; {args.out} has a checkpoint: --resume continues from there", sys.stderr)
-    sys.exit(128 + (signals or [signal.SIGTERM])[0])
 
 
 def run_job(job, fraction, fold, data, init, args, processes, save, state, say):
@@ -572,8 +554,7 @@ def main():
             say(f"fraction {fraction:g}: mean {data.metric} over {len(scores)} folds {np.mean(scores):.3f} "
                 f"(standard deviation {np.std(scores):.3f})")
     say(f"done: {out / 'results.jsonl'}")
-    if world > 1:
-        dist.destroy_process_group()
+    finish(args, rank, world, processes[3], stopped=False)
 
 
 # ----------------------------------------------------------------------------------------------- using a model

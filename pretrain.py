@@ -33,7 +33,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from datasets import InputError, Parser, batches, collate, cores, in_range, open_source, run_script, write_whole
+from datasets import Bar, InputError, Parser, batches, collate, in_range, open_source, run_script, write_whole
 from frontend import SAMPLE_RATE, LogMel, frame_count, padding_mask
 from wav2vec2 import (COMMON, SIZES, SUMS, Wav2Vec2, collapse_warning, load_checkpoint, load_weights, span_mask,
                       summarize)
@@ -165,6 +165,17 @@ def save_checkpoint(path, model, **content):
                          "continue with --resume") from None
 
 
+def finish(args, rank, world, signals, stopped):
+    """Leave the other processes and, if a signal stopped the run, exit as a shell reports it."""
+    if world > 1:
+        dist.barrier()          # the first process has written the checkpoint
+        dist.destroy_process_group()
+    if stopped:
+        if rank == 0:
+            tqdm.write(f"stopped by a signal; {args.out} has a checkpoint: --resume continues from there", sys.stderr)
+        sys.exit(128 + (signals or [signal.SIGTERM])[0])        # the signal may have gone to another process
+
+
 # ------------------------------------------------------------------------------------------------ pre-training
 
 
@@ -250,9 +261,9 @@ class Log:
             except ImportError:
                 raise InputError("--tensorboard needs another package: pip install tensorboard") from None
             self.board = SummaryWriter(out)
-        self.bar = tqdm(total=args.updates, initial=first, unit=" updates", smoothing=0.05, disable=None)
+        self.bar = Bar(args.updates, first, "pre-train")
         self.batch_size, self.flops = args.batch_size, flops            # of a clip
-        self.warned, self.printed, self.last_time, self.last_update = False, 0, time.time(), first
+        self.warned, self.last_time, self.last_update = False, time.time(), first
 
     def write(self, update, **figures):
         """A line of log.jsonl, and a point of each curve."""
@@ -263,20 +274,15 @@ class Log:
             self.board.flush()          # it keeps lines in memory, which a run that is stopped would lose
 
     def write_training(self, update, sums, **figures):
-        """Log the updates since the last line: sums of 1, gradient norm and SUMS. Shows it in the bar or, where
-        stderr is no terminal, in a line a minute; warns when the latents collapse."""
+        """Log the updates since the last line: sums of 1, gradient norm and SUMS. Warns when the latents collapse."""
         now, (updates, norms, *sums) = time.time(), sums
         speed = (update - self.last_update) * self.batch_size / (now - self.last_time)
         self.last_time, self.last_update = now, update
         figures.update(gradient_norm=norms / updates, clips_per_second=round(speed, 1),
                        tflops=round(speed * self.flops / 1e12, 3), **summarize(sums))
         self.write(update, **figures)
-        text = (f"loss {figures['loss']:.2f} accuracy {figures['accuracy']:.2f} (chance {figures['chance']:.2f}) lr "
-                f"{figures['lr']:.1e} {speed:.0f} clips/s")
-        self.bar.set_postfix_str(text)
-        if self.bar.disable and now - self.printed > 60:
-            sys.stderr.write(f"update {update} of {self.bar.total}: {text}\n")
-            self.printed = now
+        self.bar.show(update, f"loss {figures['loss']:.2f} accuracy {figures['accuracy']:.2f} (chance "
+                      f"{figures['chance']:.2f}) lr {figures['lr']:.1e} {speed:.0f} clips/s")
         warning = collapse_warning(figures)
         if warning and not self.warned:
             self.bar.write(f"update {update}: {warning}", sys.stderr)
@@ -353,8 +359,7 @@ def main():
         optimizer.load_state_dict(checkpoint["optimizer"])
         first, skipped, window = checkpoint["update"], checkpoint["skipped"], checkpoint["window"]
     wrapped = model if world == 1 else DistributedDataParallel(model)
-    workers = args.workers if args.workers is not None else min(8, cores()) if device.type == "cuda" else 0
-    loader = batches(source, args.batch_size, args.updates, args.seed, first, rank, world, workers, samples)
+    loader = batches(source, args.batch_size, args.updates, args.seed, first, rank, world, args.workers, samples)
     if args.profile:
         loader = profiled(loader, out)
     if rank == 0:
@@ -388,18 +393,18 @@ def main():
         # The gradient is now the sum over masked steps, which DDP divided by the number of processes: make it the mean.
         torch._foreach_mul_([p.grad for p in parameters], world / sums[1].clamp(min=1))
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-        stopping, *figures = torch.cat([sums, norm[None]]).tolist()                     # waits for the device, once
-        if all(map(math.isfinite, figures)):
+        stopping, *figures, norm = torch.cat([sums, norm[None]]).tolist()               # waits for the device, once
+        if all(map(math.isfinite, (norm, *figures))):
             optimizer.step()
-            window = [total + x for total, x in zip(window, (1, figures.pop(), *figures), strict=True)]
+            window = [total + x for total, x in zip(window, (1, norm, *figures), strict=True)]
             skips_in_a_row = 0
         else:
             skipped, skips_in_a_row = skipped + 1, skips_in_a_row + 1
         optimizer.zero_grad()
         if skips_in_a_row == MAX_CONSECUTIVE_SKIPS:
+            names = ", ".join(map(source.name, numbers[:3].tolist()))
             raise InputError(f"loss or gradient not finite in {skips_in_a_row} updates in a row, now at {update + 1} "
-                             f"with {', '.join(map(source.name, numbers[:3].tolist()))}, ...: lower --lr, or look at "
-                             f"these. {out} has the last good checkpoint, if there was one")
+                             f"with {names}, ...: lower --lr, or look at these recordings")
 
         done = update + 1
         due = done % args.checkpoint_every == 0 or done == args.updates
@@ -419,15 +424,10 @@ def main():
 
     if rank == 0:
         log.bar.close()
-    if world > 1:
-        dist.barrier()          # the first process has written the checkpoint
-        dist.destroy_process_group()
-    if stopping and done < args.updates:
-        sys.stderr.write(f"stopped by a signal; {out} has a checkpoint: --resume continues from there\n" * (rank == 0))
-        sys.exit(128 + (signals or [signal.SIGTERM])[0])
-    if rank == 0 and not args.profile:
-        print(f"{done - first} updates in {(time.time() - began) / 60:.1f} min: {out / 'checkpoint.pt'}; now "
-              f"python finetune.py --init" + f" {out}" * (args.out != "runs/pretrain"))
+        if done == args.updates:
+            print(f"{done - first} updates in {(time.time() - began) / 60:.1f} min: {out / 'checkpoint.pt'}; now "
+                  f"python finetune.py --init" + f" {out}" * (args.out != "runs/pretrain"))
+    finish(args, rank, world, signals, stopping and done < args.updates)
 
 
 if __name__ == "__main__":
