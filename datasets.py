@@ -17,6 +17,7 @@ import csv
 import functools
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -27,6 +28,7 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+import filelock
 import numpy as np
 import soundfile
 import torch
@@ -74,11 +76,22 @@ def run_script(main):
     try:
         return main()
     except (InputError, OSError) as error:
-        message = str(error)
-    except torch.OutOfMemoryError:
-        message = "out of GPU memory: give a smaller --micro-batch"
+        message = str(error).strip().split("\n")[-1]        # those of data workers come with their traceback
+    except (RuntimeError, MemoryError) as error:
+        if "DataLoader worker" in str(error):
+            message = "a process that reads data was killed (out of memory?): --resume continues, with fewer --workers"
+        elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate" in str(error):
+            message = "out of memory: give a smaller --micro-batch or --size, or shorter recordings"
+        else:
+            raise
     except KeyboardInterrupt:
         message, code = "interrupted", 130
+    finally:
+        # Data workers ignore SIGTERM, with which Python would end them, and wait for that for ever.
+        if (workers := multiprocessing.active_children()) and hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's handler would report their end as an error
+            for worker in workers:
+                worker.kill()
     tqdm.write(f"{Path(sys.argv[0]).name}: {message}", sys.stderr)         # below a bar, not into it
     sys.exit(code)
 
@@ -104,6 +117,34 @@ def cores():
     """How many of the machine's cores this process may use, shared with the others that torchrun started."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+@contextlib.contextmanager
+def reading(path, remedy="get it again"):
+    """Whatever goes wrong within, while a file is read, is an InputError in one line that names the file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except Exception as error:      # there is no telling what damaged content leads to
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise InputError(f"{path}: damaged, or not what it should be ({reason}); {remedy}") from None
+
+
+def claim(folder):
+    """Make a folder and lock it for writing, until the lock that is returned is gone or the process has ended.
+
+    Raises InputError where another process has it.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(Path(folder) / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise InputError(f"{folder}: another process is writing there; wait for it, or name another folder") from None
+    return lock
 
 
 def write_whole(path, content):
@@ -271,8 +312,9 @@ def pack(files, names, out, shard_hours=5.0, workers=None, keep_silent=False):
     Raises InputError where `out` holds something else or no file is usable.
     """
     out = Path(out)
-    if out.exists() and not out.is_dir():
+    if out.is_file():
         raise InputError(f"{out}: is a file; name a folder")
+    lock = claim(out)       # noqa: F841, held until the end
     names = [name.replace("\n", "\\n").replace("\r", "\\r") for name in names]
     stamp = hashlib.sha256(f"{shard_hours} {keep_silent}".encode())
     for path, name in zip(files, names, strict=True):
@@ -280,20 +322,22 @@ def pack(files, names, out, shard_hours=5.0, workers=None, keep_silent=False):
             status = os.stat(path)
             name += f" {status.st_size} {status.st_mtime_ns}"
         stamp.update(f"{name}\n".encode(errors="backslashreplace"))
-    out.mkdir(parents=True, exist_ok=True)
     source = out / "source.txt"
     if source.exists() and source.read_text() != stamp.hexdigest():
         raise InputError(f"{out}: holds other recordings, or the same before they changed; delete it "
                          "or name another folder")
-    if not source.exists() and any(out.glob("*.int16")):
-        raise InputError(f"{out}: holds packed audio already; delete it or name another folder")
+    if not source.exists() and any(path.name != ".lock" for path in out.iterdir()):
+        raise InputError(f"{out}: holds other files; name a new folder")
     write_whole(source, stamp.hexdigest())
     shards = []
-    while (out / f"shard_{len(shards):05}.json").exists():
-        shards.append(json.loads((out / f"shard_{len(shards):05}.json").read_text()))
-    done = shards[-1]["end"] if shards else 0
+    with reading(out, "delete it and pack again"):
+        while (out / f"shard_{len(shards):05}.json").exists():
+            shards.append(json.loads((out / f"shard_{len(shards):05}.json").read_text()))
+        done = shards[-1]["end"] if shards else 0
     limit, audio = int(shard_hours * 3600 * SAMPLE_RATE), None
-    for number, (_, waveform) in enumerate(decode(files[done:], workers, done), done):
+    for number, (path, waveform) in enumerate(decode(files[done:], workers, done), done):
+        if isinstance(waveform, str) and not os.access(path, os.R_OK):
+            raise InputError(f"{path}: is gone, or can't be read any more; once it can, the same command continues")
         if audio is None:
             shard = dict(kept=[], lengths=[], skipped=[])
             audio = open(out / f"shard_{len(shards):05}.int16", "wb")       # noqa: SIM115
@@ -335,17 +379,16 @@ class Shards:
         if not (self.folder / "index.npy").exists():
             raise InputError(f"{folder}: holds no packed audio, or not all of it yet: `python datasets.py pack` "
                              "packs a folder of recordings, or continues where it was interrupted")
-        try:
+        with reading(folder, "delete it and pack again"):
             self.index = np.load(self.folder / "index.npy", mmap_mode="r")
             self.lengths = self.index["length"]
-            ends = np.zeros(self.index["shard"].max() + 1, np.int64)        # of the shards, in samples
-            np.maximum.at(ends, self.index["shard"], self.index["start"] + self.lengths)
-            whole = self.index["start"].min() >= 0 and all(
-                2 * end <= os.path.getsize(self.path(shard)) for shard, end in enumerate(ends) if end)
-        except (ValueError, IndexError, EOFError, OSError):
-            whole = False
-        if not whole:
-            raise InputError(f"{folder}: its packed audio is damaged; delete it and pack again")
+            order = np.lexsort((self.index["start"], self.index["shard"]))
+            shard, start, length = (self.index[name][order] for name in ("shard", "start", "length"))
+            first = np.diff(shard, prepend=-1) > 0                          # of its shard
+            ends = (start + length)[np.append(first[1:], True)]
+            if (length < 1).any() or (start != np.where(first, 0, np.roll(start + length, 1))).any() or any(
+                    2 * end != os.path.getsize(self.path(n)) for n, end in zip(shard[first], ends, strict=True)):
+                raise ValueError("recordings overlap, or lie outside of their shard")
 
     def __reduce__(self):
         return Shards, (self.folder,)       # a worker process opens the folder itself
@@ -353,7 +396,10 @@ class Shards:
     @functools.cached_property
     def names(self):
         """What the recordings are called: a list."""
-        return (self.folder / "names.txt").read_text("utf-8").split("\n")[:-1]
+        names = (self.folder / "names.txt").read_text("utf-8").split("\n")[:-1]
+        if len(names) != len(self):
+            raise InputError(f"{self.folder}: names.txt is not of these recordings; delete the folder and pack again")
+        return names
 
     def path(self, shard):
         """The file of this number."""
@@ -373,7 +419,7 @@ class Shards:
 
 class Packed:
     """Random crops of `seconds` from what `pack` wrote, in proportion to length: a recording as long as n crops
-    gives ceil(n) of them in an epoch, each at a random place. So every hour counts the same.
+    gives ceil(n) of them in an epoch, each at a random place.
 
     Recordings shorter than a crop are given whole, those under a second not at all: too little to mask and to
     predict from. `held_out`: the source of recordings that are never trained on, one in a hundred by a hash of
@@ -620,17 +666,15 @@ class FileIndex:
 
 def read_table(path, columns, delimiter=","):
     """Rows of a CSV file with a header line, as dictionaries. Raises InputError for a missing file or column."""
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file; is the data set's root right?")
-    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+    with reading(path, "is it a table, and is --data right?"), open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file, delimiter=delimiter)
         if missing := [c for c in columns if c not in (reader.fieldnames or [])]:
             raise InputError(f"{path}: no column {', '.join(missing)}; "
                              f"it has {', '.join(reader.fieldnames or ['none'])}")
         rows = list(reader)
     for number, row in enumerate(rows, 2):
-        if any(row[column] is None for column in columns):
-            raise InputError(f"{path}: line {number} has too few columns")
+        if None in row or None in row.values():
+            raise InputError(f"{path}: line {number} has too {'many' if None in row else 'few'} columns")
     return rows
 
 
@@ -641,7 +685,7 @@ def audioset(index, parts):
     clips = []
     for part in (*parts, "eval"):
         table = index.table(f"{part}_segments.csv")
-        with open(table, newline="", encoding="utf-8") as file:
+        with reading(table), open(table, newline="", encoding="utf-8") as file:
             rows = csv.reader((line for line in file if not line.startswith("#")), skipinitialspace=True)
             for row in rows:
                 try:
@@ -756,23 +800,29 @@ def split_train_test(clips):
     return [clip._replace(split=sides[hashed(clip)]) for clip in clips]
 
 
-def refuse_leaks(clips, paths):
-    """Raise InputError where the same recording (same file or same bytes) or the same group is in two splits."""
-    def digest(path):
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").digest() if hasattr(hashlib, "file_digest") else \
-                hashlib.sha256(file.read()).digest()
+def merge_duplicates(clips, paths, by_content):
+    """One clip for each recording: rows for the same file are merged, their labels put together.
 
-    sizes = collections.Counter(os.path.getsize(path) for path in paths)
-    seen = {}
+    Raises InputError where the same file, the same bytes (if by_content) or the same group is in two splits.
+    """
+    def digest(path):
+        return hashlib.sha256(Path(path).read_bytes()).digest()
+
+    sizes = collections.Counter(os.path.getsize(path) for path in set(paths)) if by_content else {}
+    seen, merged = {}, {}
     for clip, path in zip(clips, paths, strict=True):
-        keys = [digest(path)] if sizes[os.path.getsize(path)] > 1 else []
-        for key in keys + [clip.group] * bool(clip.group):
-            other = seen.setdefault(key, clip)
+        keys = [("file", os.path.realpath(path)), ("group", clip.group or path)]
+        if by_content and sizes[os.path.getsize(path)] > 1:
+            keys.append(("content", digest(path)))
+        for what, key in keys:
+            other = seen.setdefault((what, key), clip)
             if other.split != clip.split:
-                raise InputError(f"{other.name} ({other.split}) and {clip.name} ({clip.split}) are of the same "
-                                 f"{'group' if key == clip.group else 'bytes'}, but in different splits: delete one, "
-                                 "or put both into one split")
+                raise InputError(f"{other.name} ({other.split}) and {clip.name} ({clip.split}) are the same {what}, "
+                                 "but in different splits: delete one, or put both into one split")
+        first, labels = merged.get(keys[0], (path, ()))
+        merged[keys[0]] = first, tuple(dict.fromkeys(labels + clip.labels))
+    kept = [seen[key]._replace(labels=labels) for key, (_, labels) in merged.items()]
+    return kept, [path for path, _ in merged.values()]
 
 
 # Name: (reader of its tables, metric). A reader takes a FileIndex (folder and csv: the path) and returns the clips,
@@ -800,14 +850,15 @@ class LabelledSet:
     """Clips with their labels.
 
     waveforms: N int16 arrays at 16 kHz, or `Shards`; labels: N tuples of class numbers; classes: C names;
-    names: N names; splits (N,): see `Clip`; metric: its name. `lengths` (N,) are in samples.
+    names: N names; splits and groups (N,): see `Clip`; metric: its name. `lengths` (N,) are in samples.
     """
 
-    def __init__(self, waveforms, labels, classes, names, splits, metric):
+    def __init__(self, waveforms, labels, classes, names, splits, groups, metric):
         self.waveforms, self.labels, self.classes, self.names, self.metric = waveforms, labels, classes, names, metric
         packed = isinstance(waveforms, Shards)
         self.lengths = waveforms.lengths if packed else np.array([len(waveform) for waveform in waveforms])
         self.splits, self.rows = np.asarray(splits, "U10"), np.arange(len(labels))
+        self.groups = np.array([group or name for group, name in zip(groups, names, strict=True)])
         self.seconds = 10.0         # of the longest crop that `crop` gives
 
     def __len__(self):
@@ -816,7 +867,8 @@ class LabelledSet:
     def subset(self, indices):
         """The same set with these clips only. Waveforms are not copied."""
         part = copy.copy(self)
-        part.rows, part.lengths, part.splits = self.rows[indices], self.lengths[indices], self.splits[indices]
+        part.rows, part.lengths, part.splits, part.groups = (
+            x[indices] for x in (self.rows, self.lengths, self.splits, self.groups))
         part.labels, part.names = [self.labels[i] for i in indices], [self.names[i] for i in indices]
         return part
 
@@ -883,7 +935,8 @@ def synth(train=1000, test=500):
             tqdm(jobs, "synth", unit=" clips", leave=False, disable=None)]
     labels = [tuple({classes.index(event[0]) for event in events}) for _, events in made]
     return LabelledSet([waveform for waveform, _ in made], labels, classes,
-                       [f"synth/{split}/{i}" for split, i in jobs], [split for split, _ in jobs], "mAP")
+                       [f"synth/{split}/{i}" for split, i in jobs], [split for split, _ in jobs], [""] * len(jobs),
+                       "mAP")
 
 
 def read_tables(data, root):
@@ -905,15 +958,12 @@ def read_tables(data, root):
                          f"{clips[0].files if data in ('csv', 'folder') else clips[0].files[0] + '.wav'}"
                          if clips else f"{root}: its tables name no clips")
     classes = classes or sorted({label for clip in clips for label in clip.labels})
+    number, missing = {name: c for c, name in enumerate(classes)}, paths.count(None)
+    clips = [clip._replace(labels=tuple(number[label] for label in clip.labels))
+             for clip, path in zip(clips, paths, strict=True) if path]
+    clips, paths = merge_duplicates(clips, list(filter(None, paths)), by_content=data in ("folder", "csv"))
     if metric is None:
         metric = "accuracy" if all(len(clip.labels) == 1 for clip in clips) else "mAP"
-    number = {name: c for c, name in enumerate(classes)}
-    missing = paths.count(None)
-    clips, paths = map(list, zip(*(
-        (clip._replace(labels=tuple(number[label] for label in clip.labels)), path)
-        for clip, path in zip(clips, paths, strict=True) if path is not None), strict=True))
-    if data in ("folder", "csv"):
-        refuse_leaks(clips, paths)
     return clips, paths, missing, classes, metric
 
 
@@ -924,14 +974,18 @@ def load_labelled(data, root=None, workers=None, say=print):
     """
     if data == "synth":
         result, missing, reasons = synth(), 0, []
-    elif root is not None and (Path(root) / "labels.json").exists():
-        content = json.loads((Path(root) / "labels.json").read_text())
-        if content["data"] != data:
-            raise InputError(f"{root}: holds packed {content['data']}, not {data}: name it with --data")
-        shards = Shards(root)
-        result = LabelledSet(shards, [tuple(own) for own in content["labels"]], content["classes"], shards.names,
-                             content["splits"], content["metric"])
-        missing, reasons = content["missing"], (Path(root) / "skipped.txt").read_text("utf-8").split("\n")[:-1]
+    elif root is not None and (Path(root) / "source.txt").exists():
+        if not (Path(root) / "labels.json").exists():
+            raise InputError(f"{root}: was packed without labels; pack the data set with --data {data}")
+        with reading(f"{root}/labels.json", "delete the folder and pack again"):
+            content, shards = json.loads((Path(root) / "labels.json").read_text()), Shards(root)
+            if content["data"] != data:
+                raise InputError(f"{root}: holds packed {content['data']}, not {data}: name it with --data")
+            result = LabelledSet(shards, [tuple(own) for own in content["labels"]], content["classes"], shards.names,
+                                 content["splits"], content["groups"], content["metric"])
+            result.targets(range(len(shards)))          # an error where the lists don't fit
+            missing = content["missing"]
+            reasons = (Path(root) / "skipped.txt").read_text("utf-8").split("\n")[:-1]
     else:
         clips, files, missing, classes, metric = read_tables(data, root)
         waveforms, kept, reasons, samples = [], [], [], 0
@@ -945,8 +999,12 @@ def load_labelled(data, root=None, workers=None, say=print):
             if samples > IN_MEMORY * 3600 * SAMPLE_RATE:
                 raise InputError(f"{root}: more than {IN_MEMORY} hours, too much to decode in each run: "
                                  f"first python datasets.py pack {root} OUT --data {data}, then --root OUT")
+        if not kept:
+            raise InputError(f"{root}: none of the {len(files)} recordings can be read: {reasons[0]}, ...")
         result = LabelledSet(waveforms, [clip.labels for clip in kept], classes, [clip.name for clip in kept],
-                             [clip.split for clip in kept], metric)
+                             [clip.split for clip in kept], [clip.group for clip in kept], metric)
+    if missing + len(reasons) > len(result):
+        say(f"warning: more than half of {data} is missing or unreadable; is all of it below {root}?")
     say(f"{data}: {len(result)} clips, {len(result.classes)} classes, "
         f"{result.lengths.sum() / SAMPLE_RATE / 3600:.2f} hours; {missing} missing, {len(reasons)} unreadable"
         + f" ({'; '.join(reasons[:3])}{'; ...' * (len(reasons) > 3)})" * bool(reasons))
@@ -959,11 +1017,12 @@ def pack_labelled(data, root, out, **options):
     kept, skipped = pack(files, [clip.name for clip in clips], out, keep_silent=True, **options)
     write_whole(Path(out) / "labels.json", json.dumps(dict(
         data=data, classes=classes, metric=metric, missing=missing,
-        labels=[clips[i].labels for i in kept], splits=[clips[i].split for i in kept])))
+        labels=[clips[i].labels for i in kept], splits=[clips[i].split for i in kept],
+        groups=[clips[i].group for i in kept])))
     return kept, skipped
 
 
-# ESC-50 by its author. The checksum is of meta/esc50.csv; the zip itself GitHub makes anew at times.
+# ESC-50 by its author. The checksum is of meta/esc50.csv, as GitHub sometimes regenerates the zip.
 ESC50_URL = "https://github.com/karolpiczak/ESC-50/archive/refs/heads/master.zip"
 ESC50_MD5 = "54a0d0055a10bb7df84ad340a148722e"
 
@@ -971,7 +1030,7 @@ ESC50_MD5 = "54a0d0055a10bb7df84ad340a148722e"
 def download_esc50(root):
     """Put ESC-50 (600 MB) below `root`, where it isn't yet. Raises InputError where it can't be had."""
     root, part = Path(root), Path(root) / "ESC-50.part"
-    if (root / "ESC-50").exists():
+    if any(part not in table.parents for table in root.rglob("esc50.csv")):
         return
     part.mkdir(parents=True, exist_ok=True)
     try:
@@ -1013,7 +1072,7 @@ class ClipStream(torch.utils.data.Dataset):
 
     With `clips_by_class` the stream is balanced (Sec. 4.1): each class comes once in as many draws as there
     are classes, and each of its clips once before the first comes again.
-    Which clip, which crop and all depend on (seed, n) only, not on who draws it or what was before.
+    Clip and crop depend on (seed, n) only, not on which process draws them or what was drawn before.
     """
 
     def __init__(self, source, seed, clips_by_class=None):
@@ -1090,7 +1149,9 @@ def main():
     command.add_argument("--clips", type=in_range(int, 1, 10**6), default=10, help="(%(default)s)")
     args = parser.parse_args()
     if args.command == "synth":
-        Path(args.out).mkdir(parents=True, exist_ok=True)
+        if Path(args.out).exists():
+            raise InputError(f"{args.out}: exists already; name a new folder")
+        Path(args.out).mkdir(parents=True)
         for i in range(args.clips):
             waveform, events = synth_clip(i)
             soundfile.write(Path(args.out) / f"{i}.wav", waveform, SAMPLE_RATE)

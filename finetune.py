@@ -15,6 +15,7 @@ Shapes: B clips, S samples, T frames, L latents in time, D width, C classes.
 """
 import copy
 import functools
+import hashlib
 import json
 import math
 import os
@@ -32,18 +33,18 @@ from tqdm import tqdm
 import augment
 import metrics
 from conformer import BatchNorm, Dropout
-from datasets import (READERS, Bar, InputError, Parser, batches, collate, cores, download_esc50, in_range,
+from datasets import (READERS, Bar, InputError, Parser, batches, claim, collate, cores, download_esc50, in_range,
                       load_labelled, open_audio, read_audio, run_script)
 from frontend import HOP, SAMPLE_RATE, LogMel, frame_count, padding_mask
 from pretrain import (MAX_CONSECUTIVE_SKIPS, autocast, derive_seed, finish, init_distributed, parse_run,
                       save_checkpoint)
 from wav2vec2 import SIZES, Wav2Vec2, load_checkpoint, load_encoder, load_weights
 
-# Of each metric its value, or its values for all classes, of which it is the mean.
+# Each metric's function returns its value, or one for each class, to be averaged.
 METRICS = dict(accuracy=metrics.accuracy, mAP=metrics.average_precisions, MAUC=metrics.areas_under_roc,
                lwlrap=metrics.lwlrap)
 
-# What these options are when not given: DEFAULTS, but for what a data set's line says. The paper names the
+# What these options are when not given: DEFAULTS, overridden by the data set's line in RECIPES. The paper names the
 # batches of 640 and 64, the heads, AudioSet's balancing, the augmentations and the weight of 2 (Sec. 4); the rest
 # it found by sweeps that it does not print. ESC-10 and synth were tried here, the others not.
 DEFAULTS = dict(updates=2000, batch_size=32, lr=5e-4, seconds=10.0, head="mean", head_dropout=0.1,
@@ -209,8 +210,9 @@ def augment_batch(waveform, lengths, frontend, args, generator, rank=0, world=1)
 
 def parse(argv=None):
     """The options, with what the data set leaves open filled in, and the checkpoint to resume from or None. Raises
-    InputError for what can't be."""
-    parser = Parser(description=__doc__, epilog="Some defaults depend on the data set (RECIPES in finetune.py).")
+    InputError for impossible options."""
+    parser = Parser(prog="finetune.py", description=__doc__,
+                    epilog="Some defaults depend on the data set (RECIPES in finetune.py).")
     share = in_range(float, 0, 1)
     group = parser.add_argument_group("run")
     group.add_argument("--init", nargs="?", const="runs/pretrain", metavar="RUN", help="start from this pre-training "
@@ -252,9 +254,9 @@ def parse(argv=None):
                        "esc10 3)")
     group.add_argument("--validate", action="store_true", help="where a set has no validation clips, hold out a tenth "
                        "of the training clips, or the next fold. With validation clips, the weights that do best on "
-                       "them, tried twenty times, are those that are tested; without, the last")
-    group.add_argument("--no-test", action="store_true", help="leave the test set alone and report on the validation "
-                       "clips: for choosing options")
+                       "them, tried about twenty times, are those that are tested; without, the last")
+    group.add_argument("--no-test", action="store_true", help="leave the test set alone and report the last weights' "
+                       "score on the validation clips: for choosing options")
 
     group = parser.add_argument_group("model")
     group.add_argument("--size", choices=SIZES, help="from scratch (tiny); with --init the size is that of the run")
@@ -288,6 +290,8 @@ def parse(argv=None):
                 raise InputError("--embed needs --out, the .npy file to write")
             args.init, args.batch_size = args.init or "runs/finetune", 1
             return args
+        if args.resume and not args.out:
+            raise InputError("--resume needs --out, the folder of the run")
         args.out = args.out or ("runs/finetune" if args.init else "runs/scratch")
         recipe = {**DEFAULTS, **RECIPES.get(args.data, {}), **({"lr": FREEZE_LR} if args.freeze else {})}
         for name, value in recipe.items():
@@ -295,6 +299,10 @@ def parse(argv=None):
                 setattr(args, name, value)
         if abs(sum(args.stages) - 1) > 1e-3:
             raise InputError(f"--stages {args.stages} must be three shares that sum to 1")
+        if args.loss == "ce" and args.head == "frames":
+            raise InputError("--loss ce is for --head mean: it leaves frame probabilities without a scale")
+        if args.freeze and 1 in (args.batch_size, args.micro_batch):
+            raise InputError("--freeze standardises embeddings over a batch, which needs two clips at least")
         if args.size is not None and args.init is not None:
             raise InputError("--size is for training from scratch: with --init it is that of the run")
         if args.download and (args.data not in ("esc50", "esc10") or args.root is None):
@@ -343,7 +351,7 @@ def split(data, fold, fraction, args):
                 raise InputError("--validate needs three folds at least: to train, to validate, to test")
             following = next((other for other in others if other > fold), others[0])
             valid = np.flatnonzero(splits == following)
-        training = np.setdiff1d(training, valid)
+        training = training[~np.isin(data.groups[training], data.groups[valid])]
     if len(training) == 0 or len(test) == 0 and not args.no_test:
         raise InputError(f"{args.data}: {f'fold {fold}' if fold else 'its splits'} give {len(training)} "
                          f"clips to train on and {len(test)} to test on; is the set's table whole?")
@@ -421,7 +429,7 @@ def train(model, frontend, training, valid, args, processes, label, save, state)
     """Fine-tune in place on a labelled set; `label` names the run in the progress bar.
 
     With validation clips the model ends with the weights that did best on them. Returns the validation scores
-    dict(best, last), None without. `save(model, **content)` writes a checkpoint; `state`, the content of one, is
+    dict(best, last), of None without. `save(model, **content)` writes a checkpoint; `state`, the content of one, is
     resumed from. Raises InputError after MAX_CONSECUTIVE_SKIPS updates in a row that are not finite.
     """
     device, rank, world, signals = processes
@@ -506,7 +514,7 @@ def run_job(job, fraction, fold, data, init, args, processes, save, state, say):
                 minutes=round((time.time() - began) / 60, 2), args=vars(args))
     say(f"{name}: {'validation ' * args.no_test}{data.metric} {score:.3f} on {len(tested)} clips"
         + f" over {classes} classes" * (classes is not None)
-        + (f" (validation: last {scores['last']:.3f}, best of twenty {scores['best']:.3f})" if len(valid) else "")
+        + (f" (validation: last {scores['last']:.3f}, best of about twenty {scores['best']:.3f})" if len(valid) else "")
         + f", after {len(training)} clips x {args.updates * args.batch_size / len(training):.0f} epochs, "
         f"{line['minutes']:.1f} min\n    trained on {line['train']}\n    tested on {line['test']}")
     if rank == 0:
@@ -528,14 +536,15 @@ def main():
     init, out = load_checkpoint(args.init, "pretrain.py") if args.init else None, Path(args.out)
     say = functools.partial(print, flush=True) if rank == 0 else lambda text: None
     data = load_labelled(args.data, args.root, cores(), say)
-    jobs, fingerprint = plan(data, args), data.fingerprint()
+    jobs, fingerprint = plan(data, args), hashlib.sha256(f"{data.fingerprint()} {' '.join(data.splits)} ".encode() + (
+        init["model"]["mask_embedding"].numpy().tobytes() if init else b"")).hexdigest()
     if state and state["data"] != fingerprint:
-        raise InputError(f"{out} was trained on {state['data']}, not {fingerprint}: name the same data")
+        raise InputError(f"{out} was started with other clips, labels, splits or another --init: name the same again")
     state = state or dict(job=0, update=0, lines=[])
     lines = state["lines"]
     say(f"on {device} x {world}; " + (f"from {args.init}" if init else f"{args.size or 'tiny'} from scratch"))
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
+        lock = claim(out)       # noqa: F841, held until the end
         (out / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     save = functools.partial(save_checkpoint, out / "checkpoint.pt", args=vars(args), lines=lines, data=fingerprint,
                              script="finetune.py")
@@ -574,6 +583,8 @@ def load(run, device="cpu"):
                              + f"; name one: {', '.join(map(str, models))}" * bool(models))
         path = models[0]
     content = load_checkpoint(path)
+    if "settings" not in content:
+        raise InputError(f"{path}: is what --resume needs of a run; name the run's folder, or a model in it")
     classes, (model, frontend) = content.get("classes", []), load_encoder(content)
     if classes:
         model = Classifier(model, len(classes), content["head"], freeze=content["freeze"])
@@ -600,8 +611,8 @@ def embed_windows(path, model, frontend, layer=None, window=60.0):
 
 
 def embed(path, model, frontend, layer=None, frames=False):
-    """An embedding of a recording: mean and standard deviation over time (2 D,), or all frames (L, D), 12.5 a second
-    at R = 4. Of the conformer block `layer`, by default the middle one."""
+    """The embedding of a recording by conformer block `layer` (None: the middle one): its mean and standard deviation
+    over time (2 D,), or with `frames` all of it (L, D), 12.5 a second at R = 4."""
     encoder = getattr(model, "encoder", model)
     x = torch.cat(list(embed_windows(path, model, frontend, layer or (encoder.settings["blocks"] + 1) // 2)))
     return (x if frames else torch.cat([x.mean(0), x.std(0, correction=0)])).cpu().numpy()
@@ -638,10 +649,14 @@ def print_prediction(sound, probabilities, events, as_json):
 
 def run_inference(args):
     """--predict and --embed. Raises InputError at the end for recordings that can't be read."""
-    device = init_distributed(args)[0]
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if args.frames and not args.out.endswith(".npz"):
+        raise InputError(f"--frames writes an .npz file: --out {args.out} is none")
     model, frontend, classes = load(args.init, device)
     if args.predict and not classes:
         raise InputError(f"{args.init}: is pre-trained only and knows no classes: fine-tune it first")
+    if args.embed and Path(args.out).exists():
+        raise InputError(f"{args.out}: exists already; name a new file")
     if args.embed and (args.layer or 1) > getattr(model, "encoder", model).settings["blocks"]:
         raise InputError(f"--layer {args.layer}: the model has fewer conformer blocks")
     embeddings, errors = {}, []

@@ -15,7 +15,7 @@ to fine-tune, and log.jsonl, a line of JSON every few updates.
 Which crops, masks and distractors an update sees depends only on (seed, update, place in the batch) and, for masks
 and distractors, on the kind of device: not on the number of processes, nor on what was before. So a run that is
 killed and resumed ends as if it had not been: on one CPU process to the same bits, on GPUs, which add in any order,
-up to rounding. Only dropout is drawn by each process for itself.
+up to rounding. Only dropout is drawn by each process for itself, and --norm batch looks at a process's own clips.
 """
 import functools
 import itertools
@@ -33,7 +33,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from datasets import Bar, InputError, Parser, batches, collate, in_range, open_source, run_script, write_whole
+from datasets import (Bar, InputError, Parser, batches, claim, collate, in_range, open_source, run_script,
+                      write_whole)
 from frontend import SAMPLE_RATE, LogMel, frame_count, padding_mask
 from wav2vec2 import (COMMON, SIZES, SUMS, Wav2Vec2, collapse_warning, load_checkpoint, load_weights, span_mask,
                       summarize)
@@ -48,9 +49,10 @@ SCHEDULES = {
 SETTINGS = (*SIZES["tiny"], *COMMON)        # names of a model's settings, the same in every size
 MAX_CONSECUTIVE_SKIPS = 10                  # updates in a row that may be skipped because they are not finite
 
-# Options that may be others when a run is resumed. Data are compared by their fingerprint instead.
-MAY_CHANGE = ("resume", "out", "data", "root", "download", "device", "workers", "micro_batch", "checkpoint_every",
-              "log_every", "tensorboard", "profile", "compile")
+# Options of one start, which a resumed run does not take over; and others that may be given anew when a run is
+# resumed (data are compared by their fingerprint instead).
+OF_ONE_START = ("resume", "download", "tensorboard", "profile", "compile")
+MAY_CHANGE = ("out", "data", "root", "device", "workers", "micro_batch", "checkpoint_every", "log_every")
 
 # -------------------------------------------- running: options, processes, checkpoints (finetune.py uses them too)
 
@@ -78,7 +80,7 @@ def parse_run(parser, argv, complete):
     group.add_argument("--workers", type=in_range(int, 0, 1024), help="processes that read data (with a GPU one a "
                        "core, up to 8; none without: the training takes the cores)")
     group.add_argument("--micro-batch", type=count, help="clips that go through the model at once in a process; fewer "
-                       "need less memory and take longer, with the same result but for dropout (all)")
+                       "need less memory and take longer, with the same result but for dropout and BatchNorm (all)")
     group.add_argument("--weight-decay", type=in_range(float, 0, 1e6), default=0.01, help="pulls weights to 0; more of "
                        "it regularises more (%(default)s)")
     args = complete(parser.parse_args(argv))
@@ -87,9 +89,10 @@ def parse_run(parser, argv, complete):
     if not args.resume:
         raise InputError(f"{args.out} holds a run already: continue it with --resume, or name another --out")
     checkpoint = load_checkpoint(args.out, parser.prog)
-    parser.set_defaults(**checkpoint["args"])
+    saved = {name: value for name, value in checkpoint["args"].items() if name not in OF_ONE_START}
+    parser.set_defaults(**saved)
     args = complete(parser.parse_args(argv))
-    for name, before in checkpoint["args"].items():
+    for name, before in saved.items():
         if name not in MAY_CHANGE and getattr(args, name, None) != before:
             raise InputError(f"{args.out} was started with --{name.replace('_', '-')} {before}: leave the option out, "
                              "or name another --out")
@@ -189,16 +192,16 @@ def learning_rate(update, peak, warmup, updates):
 
 def parse(argv=None):
     """The options of a run, with what its size leaves open filled in, and the checkpoint to resume from or None.
-    Raises InputError for what can't be."""
-    parser = Parser(description=__doc__)
-    count, positive = in_range(int, 1, 10**9), in_range(float, 1e-12, 1e6)
+    Raises InputError for impossible options."""
+    parser = Parser(prog="pretrain.py", description=__doc__)
+    count, size, positive = in_range(int, 1, 10**9), in_range(int, 1, 16_384), in_range(float, 1e-12, 1e6)
     group = parser.add_argument_group("data")
     group.add_argument("--data", nargs="+", default=["synth"], help="'synth' (made on the fly), or folders that "
                        "`datasets.py pack` wrote, perhaps on several disks (synth)")
     group.add_argument("--seconds", type=in_range(float, 0.1, 3600), help="length of a crop (tiny: 5, else 10); longer "
                        "gives more context and more distractors, and costs more")
-    group.add_argument("--batch-size", type=count, help="crops in an update, over all processes together (tiny: 32, "
-                       "else 256)")
+    group.add_argument("--batch-size", type=in_range(int, 1, 10**6), help="crops in an update, over all processes "
+                       "together (tiny: 32, else 256)")
     group.add_argument("--out", default="runs/pretrain", help="folder of this run (%(default)s)")
     group.add_argument("--log-every", type=count, default=10, help="updates between two lines of the log (%(default)s)")
     group.add_argument("--tensorboard", action="store_true", help="write the log for TensorBoard too, into --out")
@@ -209,16 +212,16 @@ def parse(argv=None):
     group.add_argument("--size", choices=SIZES, default="tiny", help="tiny for a laptop, small and large as in the "
                        "paper (%(default)s)")
     for name, kind, text in (
-            ("dim", count, "D, width of the conformer"), ("blocks", count, "conformer blocks (Fig. 2b)"),
-            ("heads", count, "attention heads (Fig. 2c)"), ("ffn-dim", count, "units in feed-forward networks"),
-            ("first-kernel", count, "steps of the first block's convolution (31)"),
-            ("kernel", count, "steps of the other blocks' (15)"),
+            ("dim", size, "D, width of the conformer"), ("blocks", size, "conformer blocks (Fig. 2b)"),
+            ("heads", size, "attention heads (Fig. 2c)"), ("ffn-dim", size, "units in feed-forward networks"),
+            ("first-kernel", size, "steps of the first block's convolution (31)"),
+            ("kernel", size, "steps of the other blocks' (15)"),
             ("dropout", in_range(float, 0, 0.99), "share of activations dropped (0.1)"),
             ("norm", str, "in the convolution: group (default) or batch"),
-            ("stack", count, "R, log-mel frames in a latent (4)"), ("latent-dim", count, "width of a latent (256)"),
+            ("stack", size, "R, log-mel frames in a latent (4)"), ("latent-dim", size, "width of a latent (256)"),
             ("mask-prob", in_range(float, 0, 1), "share of latents masked (0.3); more makes the task harder"),
-            ("mask-length", count, "latents in a masked span (3); shorter ones are easier to predict"),
-            ("distractors", count, "K (100)"),
+            ("mask-length", size, "latents in a masked span (3); shorter ones are easier to predict"),
+            ("distractors", size, "K (100)"),
             ("temperature", positive, "divides similarities (0.1); larger blurs the choice")):
         group.add_argument(f"--{name}", type=kind, choices=["group", "batch"] if name == "norm" else None, help=text)
 
@@ -249,8 +252,7 @@ class Log:
     later lines, and one that a killed run left incomplete, are dropped. Raises InputError without tensorboard."""
 
     def __init__(self, out, first, args, flops):
-        out.mkdir(parents=True, exist_ok=True)
-        path = out / "log.jsonl"
+        self.lock, path = claim(out), out / "log.jsonl"
         lines = path.read_text().splitlines(True) if first and path.exists() else []
         write_whole(path, "".join(
             line for line in lines if line.endswith("}\n") and json.loads(line)["update"] <= first))
@@ -289,10 +291,12 @@ class Log:
         self.warned = bool(warning)
 
 
-def profiled(loader, out):
+def profiled(loader, out, rank):
     """The first ten batches of a loader. Then prints where the time of their updates went, and writes a trace."""
     with torch.profiler.profile() as profiler:
         yield from itertools.islice(loader, 10)
+    if rank > 0:
+        return
     print(profiler.key_averages().table(row_limit=20, sort_by=(
         "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total")))
     profiler.export_chrome_trace(str(out / "trace.json"))
@@ -333,7 +337,7 @@ def build(args, checkpoint, source, device):
         if checkpoint["data"] != source.fingerprint():
             raise InputError(f"{args.out} was trained on other recordings than {' '.join(args.data)}: name those")
     else:
-        sample = batches(source, 32, 16, args.seed)
+        sample = batches(source, 32, 16, args.seed, workers=args.workers)
         frontend.fit_normalization((waveform.to(device), lengths) for waveform, lengths, _ in
                                    tqdm(sample, "mean and deviation", leave=False, disable=None))
     if args.compile:
@@ -361,7 +365,7 @@ def main():
     wrapped = model if world == 1 else DistributedDataParallel(model)
     loader = batches(source, args.batch_size, args.updates, args.seed, first, rank, world, args.workers, samples)
     if args.profile:
-        loader = profiled(loader, out)
+        loader = profiled(loader, out, rank)
     if rank == 0:
         log = Log(out, first, args, model.flops(frames))
         print(f"{args.size}, {sum(p.numel() for p in parameters) / 1e6:.1f} M parameters, on {device} x {world}; "

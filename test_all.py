@@ -771,13 +771,13 @@ def test_mixup_gets_partners_and_their_lengths(monkeypatch):
     assert sorted(order) == [0, 1, 2, 3] != order and frames.tolist() == [lengths[j] // 320 for j in order]
 
 
-def labelled_set(labels, classes=None, splits=None):
+def labelled_set(labels, classes=None, splits=None, groups=None):
     """A labelled set of clips that hold nothing but their own number."""
     number = len(labels)
     return datasets.LabelledSet([np.full(10, i, np.int16) for i in range(number)], labels,
                                 list("abcdefg"[:classes or 1 + max(c for own in labels for c in own)]),
                                 list(map(str, range(number))), splits or [str(i % 5 + 1) for i in range(number)],
-                                "accuracy")
+                                groups or [""] * number, "accuracy")
 
 
 def test_balanced_draws_each_class_equally_often_and_all_its_clips():
@@ -1007,16 +1007,76 @@ def test_links_are_followed_once(tmp_path):
 # ------------------------------------------------------------------------- packing
 
 
+def pack_tones(folder, *seconds):
+    """Pack tones of these lengths: each of its own frequency."""
+    for k, length in enumerate(seconds):
+        write_wav(folder / "in" / f"{k}.wav", length, frequency=100 + 37 * k)
+    files = datasets.audio_files(folder / "in")
+    datasets.pack(files, [path.name for path in files], folder / "packed")
+    return folder / "packed"
+
+
 def test_damaged_packs_are_refused(tmp_path):
-    write_wav(tmp_path / "in" / "a.wav", 3)
-    datasets.pack([tmp_path / "in" / "a.wav"], ["a.wav"], tmp_path / "out")
-    assert len(datasets.Packed([tmp_path / "out"], 1)) == 3
-    shard = tmp_path / "out" / "shard_00000.int16"
-    for damage in (lambda: shard.write_bytes(shard.read_bytes()[:-2]), shard.unlink,
-                   lambda: (tmp_path / "out" / "index.npy").write_text("x")):
+    folder = pack_tones(tmp_path, 3, 2)
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert len(datasets.Packed([folder], 1)) == 5
+
+    def index(entries):
+        return lambda: np.save(folder / "index.npy", np.array(entries, datasets.INDEX))
+
+    shard = folder / "shard_00000.int16"
+    for damage in (lambda: shard.write_bytes(whole[shard.name][:-2]), shard.unlink,
+                   lambda: (folder / "index.npy").write_text("x"), lambda: (folder / "names.txt").write_text("0.wav\n"),
+                   index([(0, 0, 48_000), (0, 32_000, 48_000)]), index([(0, 0, -1), (0, 48_000, 32_000)]),
+                   index([(0, 48_000, 48_000), (0, 0, 48_000)])):
         damage()
-        with pytest.raises(InputError, match="damaged"):
-            datasets.Packed([tmp_path / "out"], 1)
+        with pytest.raises(InputError, match="damaged|not of these"):
+            datasets.Packed([folder], 1)
+        for name, content in whole.items():
+            (folder / name).write_bytes(content)
+
+
+def test_a_folder_has_one_writer(tmp_path, call):
+    """Another process that packs, or a run, into the same folder gets one line."""
+    write_wav(tmp_path / "in" / "a.wav")
+    held = subprocess.Popen([sys.executable, "-c", "import sys, datasets; lock = datasets.claim(sys.argv[1]); "
+                             "print(flush=True); sys.stdin.read()", tmp_path / "out"], cwd=HERE, stdin=subprocess.PIPE,
+                            stdout=subprocess.PIPE)
+    held.stdout.readline()
+    for command in (["datasets.py", "pack", tmp_path / "in", tmp_path / "out"],
+                    ["pretrain.py", *SMALL_OPTIONS, "--updates", 1, "--batch-size", 1, "--out", tmp_path / "out"]):
+        assert "another process is writing there" in call(*command, code=2)
+    held.kill()                                                 # which releases it
+    held.communicate()
+    assert "1 recordings" in call("datasets.py", "pack", tmp_path / "in", tmp_path / "out")
+
+
+def test_files_of_others_are_not_overwritten(tmp_path, call):
+    write_wav(tmp_path / "in" / "a.wav")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "index.npy").write_text("precious")
+    assert "other files" in call("datasets.py", "pack", tmp_path / "in", tmp_path / "mine", code=2)
+    assert "exists already" in call("datasets.py", "synth", tmp_path / "mine", code=2)
+    assert (tmp_path / "mine" / "index.npy").read_text() == "precious"
+    (tmp_path / "in" / "labels.json").write_text("[]")          # a raw folder with such a file is a raw folder
+    write_wav(tmp_path / "in" / "b" / "b.wav")
+    assert len(load_quietly("folder", tmp_path / "in")) == 1
+
+
+def test_a_source_that_vanishes_stops_the_packing_and_is_packed_later(tmp_path, call, monkeypatch):
+    for i in range(3):
+        write_wav(tmp_path / "in" / f"{i}.wav", frequency=200 + 50 * i)
+    command, read = ["datasets.py", "pack", tmp_path / "in", tmp_path / "out"], datasets.read_audio
+
+    def vanish(path):
+        if path.name == "1.wav" and (tmp_path / "in").exists():
+            (tmp_path / "in").rename(tmp_path / "away")
+        return read(path)
+    monkeypatch.setattr(datasets, "read_audio", vanish)
+    assert "same command continues" in call(*command, code=2)
+    (tmp_path / "away").rename(tmp_path / "in")
+    monkeypatch.setattr(datasets, "read_audio", read)
+    assert "3 recordings" in call(*command)
 
 
 def test_pack_keeps_every_good_file_and_lists_the_bad(tmp_path, call):
@@ -1070,15 +1130,6 @@ def test_a_killed_pack_continues(tmp_path, call, monkeypatch):
     call("datasets.py", *options[:2], tmp_path / "out", *options[2:])
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
-
-
-def pack_tones(folder, *seconds):
-    """Pack tones of these lengths: each of its own frequency."""
-    for k, length in enumerate(seconds):
-        write_wav(folder / "in" / f"{k}.wav", length, frequency=100 + 37 * k)
-    files = datasets.audio_files(folder / "in")
-    datasets.pack(files, [path.name for path in files], folder / "packed")
-    return folder / "packed"
 
 
 def test_crops_are_in_proportion_to_length(tmp_path):
@@ -1440,25 +1491,45 @@ def test_a_fifth_of_each_class_is_held_out_of_a_table_without_splits(tmp_path):
     assert [len(names) for names in groups] == [8, 2] and not groups[0] & groups[1]
 
 
-def test_the_same_sound_is_not_trained_and_tested_on(tmp_path):
-    twice = write_table(tmp_path, "1.wav,a,train", "2.wav,a,test", "./1.wav,a,test")
-    with pytest.raises(InputError, match="1.wav .train. and ./1.wav .test. are of the same bytes"):
-        load_quietly("csv", twice)
-    copied = write_table(tmp_path, "1.wav,a,1", "2.wav,a,2", "3.wav,b,2")
-    shutil.copy(tmp_path / "1.wav", tmp_path / "3.wav")
-    with pytest.raises(InputError, match="1.wav .1. and 3.wav .2. are of the same bytes"):
-        load_quietly("csv", copied)
-    grouped = write_table(tmp_path, "1.wav,a,train,x", "2.wav,a,test,x", columns="file,labels,split,group")
-    with pytest.raises(InputError, match="same group"):
-        load_quietly("csv", grouped)
-    write_table(tmp_path, "1.wav,a,train", "2.wav,a,test", "./1.wav,b,train")
-    assert len(load_quietly("csv", tmp_path / "mine.csv")) == 3
-    mini_folder(tmp_path / "s")
-    data = load_quietly("folder", tmp_path / "s")
-    name = {split: name for name, split in zip(data.names, data.splits, strict=True)}
-    shutil.copy(tmp_path / "s" / name["train"], tmp_path / "s" / name["test"])
-    with pytest.raises(InputError, match="same bytes"):
-        load_quietly("folder", tmp_path / "s")
+@pytest.mark.parametrize("rows, message", [
+    (["1.wav,a,train,", "./1.wav,a,test,"], "1.wav .train. and ./1.wav .test. are the same file"),
+    (["1.wav,a,1,", "copy1.wav,a,2,"], "1.wav .1. and copy1.wav .2. are the same content"),
+    (["1.wav,a,train,x", "2.wav,a,test,x"], "are the same group")])
+def test_the_same_sound_is_not_trained_and_tested_on(tmp_path, rows, message):
+    with pytest.raises(InputError, match=message):
+        load_quietly("csv", write_table(tmp_path, *rows, columns="file,labels,split,group"))
+
+
+def test_a_row_for_each_label_is_one_clip(tmp_path):
+    rows = ["1.wav,a,train", "2.wav,a,test", "./1.wav,b,train", "1.wav,a,train"]
+    data = load_quietly("csv", write_table(tmp_path, *rows))
+    assert data.names == ["1.wav", "2.wav"] and data.labels == [(0, 1), (0,)] and data.metric == "mAP"
+    write_esc50(tmp_path / "e")
+    table = tmp_path / "e" / "meta" / "esc50.csv"
+    table.write_text(table.read_text() + "1-100-A-0.wav,2,0,dog,True,100,A\n")         # the same clip in another fold
+    with pytest.raises(InputError, match="1-100-A-0.wav .1. and 1-100-A-0.wav .2. are the same file"):
+        load_quietly("esc50", tmp_path / "e")
+
+
+def test_sets_of_which_little_is_there_are_refused_or_warned_of(tmp_path, capsys):
+    write_esc50(tmp_path)
+    files = sorted((tmp_path / "audio").iterdir())
+    for path in files[1:]:
+        path.write_text("not audio")
+    datasets.load_labelled("esc50", tmp_path)
+    assert "warning: more than half of esc50" in capsys.readouterr().out
+    files[0].write_text("not audio")
+    with pytest.raises(InputError, match="none of the 30 recordings can be read: .*not readable"):
+        load_quietly("esc50", tmp_path)
+
+
+@pytest.mark.parametrize("table", [
+    b"file,labels\n" + b"x" * 200_000 + b",a\n", b"file,labels\n1.wav,a,b,c\n", b"file,labels\n1.wav\n",
+    b"file,labels\n\xff\xfe.wav,a\n", b""])
+def test_malformed_tables_are_named(tmp_path, table):
+    (tmp_path / "mine.csv").write_bytes(table)
+    with pytest.raises(InputError, match=r"mine\.csv"):
+        load_quietly("csv", tmp_path / "mine.csv")
 
 
 def test_too_many_hours_are_to_be_packed(tmp_path, monkeypatch):
@@ -1548,6 +1619,13 @@ def test_split_holds_out_a_tenth_where_there_are_no_folds():
     few = labelled_set([(0,), (1,)] * 5, splits=["train"] * 8 + ["test"] * 2)
     with pytest.raises(InputError, match="too few"):                    # a tenth of four is none
         finetune.split(few, None, 1.0, parse_finetune("--validate"))
+
+
+def test_validation_clips_share_no_group_with_training_clips():
+    groups = [str(i // 6) for i in range(40)]
+    data = labelled_set([(0,), (1,)] * 20, splits=["train"] * 30 + ["test"] * 10, groups=groups)
+    training, valid, _ = finetune.split(data, None, 1.0, parse_finetune("--validate"))
+    assert len(valid) and len(training) and not set(training.groups) & set(valid.groups)
 
 
 # ------------------------------------------------------------------------- batches
@@ -1863,7 +1941,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(pretrained, tmp_path, monkeypat
     assert load_checkpoint(tmp_path / "run")["update"] == 6
 
 
-def test_a_run_is_not_overwritten_nor_changed_halfway(pretrained, finetuned, call):
+def test_a_run_is_not_overwritten_nor_changed(pretrained, finetuned, tmp_path, call):
     options, folder = pretrained
     message = call("pretrain.py", *options, "--out", folder, code=2)
     assert "--resume" in message and "--out" in message
@@ -1874,7 +1952,11 @@ def test_a_run_is_not_overwritten_nor_changed_halfway(pretrained, finetuned, cal
                    "frames", "--out", finetuned, "--resume", "--updates", 40, code=2)
     assert "--updates 20" in message
     message = call("finetune.py", "--data", "esc10", "--out", finetuned, "--resume", code=2)
-    assert "--data esc50" in message or "trained on" in message
+    assert "other clips, labels, splits" in message
+    assert "--out" in call("finetune.py", "--resume", code=2)
+    call("pretrain.py", *pretrained[0], "--profile", "--checkpoint-every", 1, "--out", tmp_path / "profiled")
+    call("pretrain.py", "--resume", "--out", tmp_path / "profiled")         # and profiles no more
+    assert "trace.json" in os.listdir(tmp_path / "profiled")
 
 
 # ------------------------------------------------------------------------- what is not finite, what collapses
@@ -1942,7 +2024,8 @@ def test_tensorboard_draws_the_log_or_is_asked_for_in_a_line(pretrained, tmp_pat
 
 def test_profile_prints_where_the_time_goes(pretrained, tmp_path, call):
     printed = call("pretrain.py", *pretrained[0], "--updates", 30, "--profile", "--out", tmp_path / "run")
-    assert "Self CPU" in printed and "aten::" in printed and json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
+    assert "Self CPU" in printed and "aten::" in printed
+    assert json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
@@ -1992,6 +2075,28 @@ def test_workers_may_be_spawned(pretrained, tmp_path, monkeypatch, call):
         *inputs, num_workers=num_workers, multiprocessing_context="spawn" if num_workers else None, **options))
     call("pretrain.py", *pretrained[0], "--workers", 2, "--out", tmp_path / "run")
     assert_same_run(pretrained[1], tmp_path / "run")
+
+
+@pytest.mark.parametrize("fault, message", [
+    ("raise OSError('the disk is gone')", "the disk is gone"),
+    ("import os; os.kill(os.getpid(), 9)", "data was killed")])
+def test_a_data_worker_that_fails_ends_the_run_in_a_line(pretrained, tmp_path, fault, message):
+    """Within seconds, and without waiting for the other workers."""
+    (tmp_path / "faulty.py").write_text(f"""
+import sys; sys.path.insert(0, {str(HERE)!r})
+import datasets, pretrain
+crop = datasets.Packed.crop
+def fail(self, i, rng):
+    if pretrain.started and rng.random() < 0.2: {fault}
+    return crop(self, i, rng)
+datasets.Packed.crop, pretrain.started, log = fail, False, pretrain.Log
+pretrain.Log = lambda *inputs: setattr(pretrain, "started", True) or log(*inputs)
+datasets.run_script(pretrain.main)
+""")
+    ended = subprocess.run([sys.executable, tmp_path / "faulty.py", *map(str, pretrained[0]), "--updates", "500",
+                            "--workers", "2", "--out", tmp_path / "run"], capture_output=True, text=True, timeout=60,
+                           env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert ended.returncode == 2 and message in ended.stderr.splitlines()[-1], ended.stderr
 
 
 @soak
@@ -2078,7 +2183,7 @@ def test_the_weights_that_did_best_on_validation_clips_are_tested(tmp_path, monk
     plain, validated, chosen = results
     assert plain["score"] < 0.7 and plain["valid_best"] is None and validated["score"] == validated["valid_best"] == 1
     assert chosen["score"] == chosen["valid_last"] < 0.7 and chosen["valid_best"] == 1      # not a maximum of twenty
-    assert "validation accuracy" in printed and "best of twenty 1.000" in printed
+    assert "validation accuracy" in printed and "best of about twenty 1.000" in printed
     assert {result["fold"] for result in results} == {"3"}
     assert plain["test"] == validated["test"] != chosen["test"]
 
@@ -2097,7 +2202,8 @@ def test_logits_are_those_of_each_clip_alone_and_whole():
     """In groups of similar length, padded; in training only crops would be heard."""
     lengths, rng = [9_000, 16_000, 4_000, 16_000, 700], np.random.default_rng(0)
     waveforms = [rng.integers(-9000, 9000, n).astype(np.int16) for n in lengths]
-    data = datasets.LabelledSet(waveforms, [(0,)] * 5, ["a", "b", "c"], list("vwxyz"), ["test"] * 5, "accuracy")
+    data = datasets.LabelledSet(waveforms, [(0,)] * 5, ["a", "b", "c"], list("vwxyz"), ["test"] * 5, [""] * 5,
+                                "accuracy")
     data.seconds = 0.5
     model, front = finetune.Classifier(Wav2Vec2("tiny", **SMALL), 3), LogMel()
     logits = finetune.compute_logits(model, front, data, parse_finetune(), torch.device("cpu"), batch_seconds=2)
@@ -2156,9 +2262,11 @@ def test_embeddings_of_any_run(finetuned, pretrained, tmp_path, call):
     for start, name in ((finetuned, "tuned"), (pretrained[1], "pretrained")):
         for layer in (1, 2):
             options = ["finetune.py", "--embed", *sounds, sounds[0], "--init", start, "--layer", layer]
-            call(*options, "--out", tmp_path / f"{name}.npy")
-            call(*options, "--frames", "--out", tmp_path / f"{name}.npz")
-            clips, frames = np.load(tmp_path / f"{name}.npy"), np.load(tmp_path / f"{name}.npz")
+            out = tmp_path / f"{name}{layer}.npy"
+            call(*options, "--out", out)
+            assert "exists already" in call(*options, "--out", out, code=2)
+            call(*options, "--frames", "--out", out.with_suffix(".npz"))
+            clips, frames = np.load(out), np.load(out.with_suffix(".npz"))
             assert clips.shape == (3, 32) and np.array_equal(clips[0], clips[2])        # a row for each argument
             model, frontend, _ = finetune.load(start)
             encoder = getattr(model, "encoder", model)
@@ -2221,8 +2329,8 @@ class Evil:
     ("pretrain.py", "--seconds 0.3", "--seconds"),
     ("pretrain.py", "--device nonsense", "nonsense"),
     ("finetune.py", "--init nowhere", "nowhere"),
-    ("finetune.py", "--init TEXT", "not a checkpoint"),
-    ("finetune.py", "--init EVIL", "not a checkpoint"),
+    ("finetune.py", "--init TEXT", "damaged"),
+    ("finetune.py", "--init EVIL", "damaged"),
     ("finetune.py", "--init OTHER", "not from pretrain.py"),
     ("finetune.py", "--data esc50", "--root"),
     ("finetune.py", "--data audioset --root EMPTY", "class_labels_indices.csv"),
@@ -2234,6 +2342,9 @@ class Evil:
     ("finetune.py", "--download", "--download"),
     ("finetune.py", "--predict a.wav --init EMPTY", "0 fine-tuned models"),
     ("finetune.py", "--embed a.wav", "--out"),
+    ("finetune.py", "--embed a.wav --frames --out e.npy --init EMPTY", "npz"),
+    ("finetune.py", "--data esc10 --head frames", "--loss ce"),
+    ("finetune.py", "--freeze --micro-batch 1", "--freeze"),
     ("finetune.py", "--fraction 1.5", "--fraction"),
     ("finetune.py", "--stages 1 1 1", "--stages"),
     ("datasets.py", "pack nowhere out", "nowhere"),
@@ -2254,13 +2365,21 @@ def test_bad_input_gets_one_line_and_exit_code_2(tmp_path, monkeypatch, call, sc
 
 
 def test_a_damaged_checkpoint_is_refused(pretrained, tmp_path):
-    """Cut off anywhere, or other bytes altogether."""
+    """Cut off anywhere, with a flipped bit in its weights, or other bytes altogether; or weights that are NaN."""
     whole, random = (pretrained[1] / "checkpoint.pt").read_bytes(), np.random.default_rng(0)
     damaged = [whole[:n] for n in np.linspace(0, len(whole) - 1, 20).astype(int)]
+    weight = load_checkpoint(pretrained[1])["model"]["output_proj.weight"].numpy().tobytes()
+    place = whole.index(weight) + 5
+    damaged.append(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1:])
     for damage in [*damaged, b"junk", *(random.bytes(n) for n in range(1, 100))]:
         (tmp_path / "checkpoint.pt").write_bytes(damage)
-        with pytest.raises(InputError, match="not a checkpoint, or damaged"):
+        with pytest.raises(InputError, match="damaged, or not what it should be"):
             load_checkpoint(tmp_path)
+    content = load_checkpoint(pretrained[1])
+    content["model"]["output_proj.weight"][0] = math.nan
+    torch.save(content, tmp_path / "checkpoint.pt")
+    with pytest.raises(InputError, match="not finite"):
+        load_checkpoint(tmp_path)
 
 
 def test_a_checkpoint_of_another_version_is_refused():

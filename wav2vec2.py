@@ -9,6 +9,7 @@ there from distractors: latents of other masked steps of the same clip.
 Shapes: B clips, T frames, L latents in time (12.5 a second), D width of the conformer, E width of a latent,
 M masked steps, K distractors.
 """
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from conformer import Conformer
-from datasets import InputError
+from datasets import InputError, reading
 from frontend import MELS, LogMel
 
 SIZES = {
@@ -212,8 +213,8 @@ class Wav2Vec2(nn.Module):
             raise ValueError(f"no setting {', '.join(unknown)}: there are {', '.join(settings)}")
         self.settings = s = {**settings, **changes}     # all of it, to build the same model again
         for name in ("dim", "blocks", "heads", "ffn_dim", "stack", "latent_dim", "mask_length", "distractors"):
-            if s[name] < 1:
-                raise ValueError(f"{name} must be at least 1, not {s[name]}")
+            if not 1 <= s[name] <= 16_384:              # more would only ask for memory that nobody has
+                raise ValueError(f"{name} must be 1 to 16384, not {s[name]}")
         if not 0 < s["mask_prob"] < 1 or not 0 <= s["dropout"] < 1 or not s["temperature"] > 0:
             raise ValueError("mask_prob must lie between 0 and 1, dropout in [0, 1), temperature over 0")
         if s["norm"] not in ("group", "batch"):
@@ -283,11 +284,14 @@ def load_checkpoint(run, script=None):
     path = path / "checkpoint.pt" if path.is_dir() else path
     if not path.is_file():
         raise InputError(f"{path}: no checkpoint there; is the run's folder right?")
-    try:
+    with reading(path, "use another checkpoint"):
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:
+                raise ValueError("a checksum is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         written_by = checkpoint["script"]
-    except Exception as error:      # there is no telling what reading other bytes as a pickle stumbles over
-        raise InputError(f"{path}: not a checkpoint, or damaged ({type(error).__name__}); use another") from None
+        if not all(weight.isfinite().all() for weight in checkpoint["model"].values()):
+            raise ValueError("weights that are not finite")
     if script not in (None, written_by):
         raise InputError(f"{path}: is from {written_by}, not from {script}; name the folder of such a run")
     return checkpoint
@@ -304,7 +308,7 @@ def load_weights(checkpoint, model, frontend):
 
 
 def load_encoder(checkpoint):
-    """The model of a checkpoint, with new weights, and its frontend, with those of the checkpoint yet to come.
+    """The model of a checkpoint and its frontend, without the checkpoint's weights, for which see `load_weights`.
 
     Raises InputError for settings that don't exist here.
     """
