@@ -3,6 +3,7 @@
 Every formula is compared with numpy or plain Python that says what it means. The scripts run at a tiny size in
 temporary folders: as a user runs them where processes, signals and kills matter, else within the tests' process.
 """
+import contextlib
 import hashlib
 import json
 import math
@@ -2141,6 +2142,29 @@ def test_fine_tuning_in_parts_has_the_gradient_of_the_whole(tmp_path, undropped,
              0, "--init", undropped, "--out", tmp_path / f"run{len(extra)}", *extra)
     norms = [norm for _, norm in calls]
     torch.testing.assert_close(norms[:3], norms[3:], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_no_tensor_is_made_on_the_wrong_device(padded, monkeypatch):
+    """On the device "meta", which has no data and is another than the CPU, as a GPU is: what mixes the two fails."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())       # it knows no "meta"
+    meta = torch.device("meta")
+    padding = torch.empty(4, 100, dtype=torch.bool, device=meta) if padded else None
+    front = LogMel().to(meta)
+    log_mel = front(torch.empty(4, 32_000, dtype=torch.int16, device=meta), torch.full((4,), 32_000))
+    assert padding_mask(torch.tensor([32_000, 9_000, 9_000, 9_000]), log_mel).device == meta
+    model = Wav2Vec2("tiny", **SMALL).to(meta).train()
+    out = model(log_mel, padding, torch.empty(model.rand_shape(4, 100), device=meta))
+    out.loss.backward()
+    assert out.sums.device == meta and all(p.grad.device == meta for p in model.parameters())
+    log_mel = augment.time_mask(log_mel, torch.empty(4, 2, device=meta), padding)
+    log_mel = augment.mixup(log_mel, log_mel, torch.empty(4, device=meta), torch.empty(4, device=meta))
+    assert augment.jitter(torch.empty(4, 3200, device=meta), torch.empty(4, device=meta)).device == meta
+    for head in ("mean", "frames"):
+        classifier = finetune.Classifier(Wav2Vec2("tiny", **SMALL), 3, head).to(meta).train()
+        logits = classifier(log_mel, padding)
+        finetune.compute_loss(logits, torch.empty(2, 3, device=meta), parse_finetune("--consistency", "2")).backward()
+        assert classifier.linear.weight.grad.device == meta
 
 
 # ------------------------------------------------------------------------- fine-tuning
