@@ -48,10 +48,11 @@ METRICS = dict(accuracy=metrics.accuracy, mAP=metrics.average_precisions, MAUC=m
 # batches of 640 and 64, the heads, AudioSet's balancing, the augmentations and the weight of 2 (Sec. 4); the rest
 # it found by sweeps that it does not print. ESC-10 and synth were tried here, the others not.
 DEFAULTS = dict(updates=2000, batch_size=32, lr=5e-4, seconds=10.0, head="mean", head_dropout=0.1,
-                balance=False, augment=["jitter", "time_mask", "mixup"], consistency=2.0, loss="bce")
+                balance=False, augment=["jitter", "time_mask", "mixup"], consistency=2.0, loss="bce", encoder_lr=1.0)
 RECIPES = {
     "synth": dict(updates=250, lr=1e-3, augment=[], consistency=0.0),
-    "esc10": dict(updates=1300, batch_size=16, lr=1e-3, seconds=3.0, consistency=0.0, loss="ce"),
+    "esc10": dict(updates=400, batch_size=16, lr=1e-3, seconds=3.0, head="stats", augment=["jitter"], consistency=0.0,
+                  loss="ce", encoder_lr=0.1),
     "esc50": dict(updates=4000),
     "audioset": dict(updates=60_000, batch_size=640, lr=3e-4, head="frames", balance=True),
     "audioset-balanced": dict(updates=20_000, batch_size=64, lr=3e-4, head="frames"),
@@ -86,12 +87,21 @@ def mean_over_time(x, padding_mask=None):
     return (x * valid).sum(1) / valid.sum(1)
 
 
+def stats_over_time(x, padding_mask=None):
+    """Mean and standard deviation of (B, L, D) over the steps that are not padding: (B, 2 D)."""
+    mean = mean_over_time(x, padding_mask)
+    variance = mean_over_time((x - mean[:, None]).square(), padding_mask)
+    return torch.cat([mean, (variance + 1e-6).sqrt()], 1)       # without it, sqrt has no gradient at 0
+
+
 class Classifier(nn.Module):
-    """A pre-trained encoder and one of the paper's two heads (Sec. 4): log-mels to logits (B, C).
+    """A pre-trained encoder and one of the paper's two heads (Sec. 4), or a third: log-mels to logits (B, C).
 
     head "frames" is AudioSet's: a linear layer at each step, then linear softmax pooling. head "mean" is that of
-    all other tasks: embeddings averaged over time, then a linear layer. With `freeze` the encoder stays as it is
-    and the linear layer gets its embeddings standardised, as in MAE's linear probe (He et al. 2022).
+    all other tasks: embeddings averaged over time, then a linear layer. head "stats", not the paper's, sees their
+    standard deviation over time too (Snyder et al. 2017), which with few labels is worth much. With `freeze` the
+    encoder stays as it is. Then, and for "stats", the linear layer gets its input standardised, as in MAE's linear
+    probe (He et al. 2022).
     """
 
     def __init__(self, encoder, classes, head="mean", dropout=0.1, freeze=False):
@@ -101,9 +111,10 @@ class Classifier(nn.Module):
         encoder.requires_grad_(not freeze)
         encoder.output_proj.requires_grad_(False)       # only pre-training needs these two, and
         encoder.mask_embedding.requires_grad_(False)    # DDP refuses unused parameters
-        self.standardise = BatchNorm(encoder.settings["dim"], affine=False) if freeze else None
+        dim = encoder.settings["dim"] * (2 if head == "stats" else 1)
+        self.standardise = BatchNorm(dim, affine=False) if freeze or head == "stats" else None
         self.dropout = Dropout(dropout)
-        self.linear = nn.Linear(encoder.settings["dim"], classes)
+        self.linear = nn.Linear(dim, classes)
 
     def train(self, mode=True):
         """Training mode, or evaluation mode; a frozen encoder stays in the latter, without dropout."""
@@ -124,7 +135,8 @@ class Classifier(nn.Module):
         """The head: embeddings (B, L, D) and their padding mask (B, L) or None -> logits (B, C)."""
         if self.head == "frames":
             return linear_softmax(self.classify(x, padding_mask), padding_mask)
-        return self.classify(mean_over_time(x.float(), padding_mask)[:, None])[:, 0]
+        pool = stats_over_time if self.head == "stats" else mean_over_time
+        return self.classify(pool(x.float(), padding_mask)[:, None])[:, 0]
 
     def forward(self, log_mel, padding_mask=None):
         """log_mel (B, T, 64), padding_mask (B, T) or None -> logits (B, C), float32."""
@@ -260,9 +272,10 @@ def parse(argv=None):
 
     group = parser.add_argument_group("model")
     group.add_argument("--size", choices=SIZES, help="from scratch (tiny); with --init the size is that of the run")
-    group.add_argument("--head", choices=["mean", "frames"], help="'mean': average the embeddings, then a linear "
-                       "layer; 'frames': probabilities at each step, then linear softmax pooling, which also tells "
-                       "when (mean; audioset frames)")
+    group.add_argument("--head", choices=["mean", "stats", "frames"], help="'mean': average the embeddings, then a "
+                       "linear layer; 'stats': average and standard deviation, better with few labels; 'frames': "
+                       "probabilities at each step, then linear softmax pooling, which also tells when (mean; "
+                       "audioset frames, esc10 stats)")
     group.add_argument("--freeze", action="store_true", help="train the head only, on standardised embeddings (linear "
                        "probe)")
     group.add_argument("--head-dropout", type=in_range(float, 0, 0.99), help="before the output layer; more helps "
@@ -273,6 +286,8 @@ def parse(argv=None):
     group.add_argument("--batch-size", type=in_range(int, 1, 10**6), help="clips in an update, over all processes; "
                        "large sets like larger ones (16 to 640)")
     group.add_argument("--lr", type=in_range(float, 1e-12, 1e6), help="peak learning rate (3e-4 to 1e-3; frozen 1e-2)")
+    group.add_argument("--encoder-lr", type=share, help="learning rate of a pre-trained encoder, as a share of --lr; "
+                       "less changes it less (1; esc10 0.1)")
     group.add_argument("--stages", type=share, nargs=3, default=[0.3, 0.3, 0.4], metavar=("WARMUP", "HOLD", "DECAY"),
                        help="shares of the updates (%(default)s)")
     group.add_argument("--loss", choices=["bce", "ce"], help="binary cross-entropy, as in the paper, or, where a clip "
@@ -299,10 +314,12 @@ def parse(argv=None):
                 setattr(args, name, value)
         if abs(sum(args.stages) - 1) > 1e-3:
             raise InputError(f"--stages {args.stages} must be three shares that sum to 1")
+        if not args.init:
+            args.encoder_lr = 1.0
         if args.loss == "ce" and args.head == "frames":
-            raise InputError("--loss ce is for --head mean: it leaves frame probabilities without a scale")
-        if args.freeze and 1 in (args.batch_size, args.micro_batch):
-            raise InputError("--freeze standardises embeddings over a batch, which needs two clips at least")
+            raise InputError("--loss ce is for --head mean or stats: it leaves frame probabilities without a scale")
+        if (args.freeze or args.head == "stats") and 1 in (args.batch_size, args.micro_batch):
+            raise InputError("--freeze and --head stats standardise over a batch, which needs two clips at least")
         if args.size is not None and args.init is not None:
             raise InputError("--size is for training from scratch: with --init it is that of the run")
         if args.download and (args.data not in ("esc50", "esc10") or args.root is None):
@@ -437,7 +454,9 @@ def train(model, frontend, training, valid, args, processes, label, save, state)
     micro_batch = args.micro_batch or local_batch
     wrapped = model.train() if world == 1 else DistributedDataParallel(model.train())
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=args.weight_decay,
+    encoder = [p for p in model.encoder.parameters() if p.requires_grad]
+    groups = [dict(params=model.linear.parameters(), share=1.0), dict(params=encoder, share=args.encoder_lr)]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=args.weight_decay,
                                   fused=device.type != "mps")
     first, scores, best_weights, skips_in_a_row = 0, dict(best=None, last=None), None, 0
     if state["update"]:
@@ -450,7 +469,7 @@ def train(model, frontend, training, valid, args, processes, label, save, state)
     # waveform (B, S) int16 and lengths (B,) in samples, on the CPU; numbers (B,) of the clips in the set.
     for update, (waveform, lengths, numbers) in enumerate(loader, first):
         for group in optimizer.param_groups:
-            group["lr"] = three_stage_lr(update, args.updates, args.lr, args.stages)
+            group["lr"] = group["share"] * three_stage_lr(update, args.updates, args.lr, args.stages)
         generator = torch.Generator().manual_seed(derive_seed(1, args.seed, update))
         torch.manual_seed(derive_seed(2, args.seed, update, rank))                      # dropout
         with torch.no_grad():

@@ -669,7 +669,7 @@ def test_linear_softmax_learns_from_any_logit(level, label):
     assert finetune.linear_softmax(logits + 0.01) > pooled
 
 
-@pytest.mark.parametrize("head", ["mean", "frames"])
+@pytest.mark.parametrize("head", ["mean", "stats", "frames"])
 @pytest.mark.parametrize("freeze", [False, True])
 def test_classifier_gives_a_clip_the_same_answer_padded(head, freeze):
     model = finetune.Classifier(Wav2Vec2("tiny", **SMALL), 3, head, freeze=freeze).eval()
@@ -679,6 +679,15 @@ def test_classifier_gives_a_clip_the_same_answer_padded(head, freeze):
     if head == "frames":
         frames = model.classify(model.encoder.encode(log_mel)[0])
         torch.testing.assert_close(model(log_mel), finetune.linear_softmax(frames))
+
+
+def test_stats_are_mean_and_deviation_of_each_clip():
+    x, padding = torch.randn(2, 7, 3, requires_grad=True), torch.arange(7) >= torch.tensor([7, 1])[:, None]
+    stats = finetune.stats_over_time(x, padding)
+    torch.testing.assert_close(stats[0], torch.cat([x[0].mean(0), x[0].std(0, correction=0)]), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(stats[1], torch.cat([x[1, 0], torch.full((3,), 1e-3)]))      # a single step
+    stats.sum().backward()
+    assert x.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("head", ["mean", "frames"])
@@ -2210,6 +2219,19 @@ def test_the_weights_that_did_best_on_validation_clips_are_tested(tmp_path, monk
     assert "validation accuracy" in printed and "best of about twenty 1.000" in printed
     assert {result["fold"] for result in results} == {"3"}
     assert plain["test"] == validated["test"] != chosen["test"]
+
+
+def test_the_encoder_has_a_learning_rate_of_its_own(tmp_path, undropped, call):
+    """Adam's first steps are as long as the learning rate: the encoder's a tenth of the head's."""
+    write_esc50(tmp_path)
+    call("finetune.py", "--data", "esc50", "--root", tmp_path, "--updates", 1, "--batch-size", 6, "--init", undropped,
+         "--encoder-lr", 0.1, "--weight-decay", 0, "--lr", 1e-3, "--stages", 0, 1, 0, "--out", tmp_path / "run")
+    before, after = load_checkpoint(undropped), load_checkpoint(tmp_path / "run" / "fold1_fraction1.pt")
+    name = "features.linear.weight"
+    change = (after["model"][f"encoder.{name}"] - before["model"][name]).abs()
+    assert change.max().item() == pytest.approx(1e-4, rel=0.01)
+    assert parse_finetune("--data", "esc10", "--init", "x").encoder_lr == 0.1
+    assert parse_finetune("--data", "esc10").encoder_lr == 1                    # from scratch
 
 
 def test_balance_draws_by_class(tmp_path, undropped, monkeypatch, call):
