@@ -198,12 +198,40 @@ def open_audio(path):
     return file
 
 
+REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+
+
+def check_ogg(path):
+    """Raise InputError where an Ogg file (Vorbis, Opus) is damaged or cut off, which its decoders pass over.
+
+    The format (RFC 3533) is a chain of pages, each with a checksum and a number, the last with an end mark. Its CRC
+    is that of zlib with the bits of each byte and of the result in reverse order, and without inversions.
+    """
+    content, at, number, ended = Path(path).read_bytes(), 0, 0, False
+    while at < len(content):
+        segments = content[at + 27:at + 27 + content[at + 26]] if at + 26 < len(content) else b""
+        size = 27 + len(segments) + sum(segments)
+        page = content[at:at + 22] + bytes(4) + content[at + 26:at + size]
+        crc = zlib.crc32(page.translate(REVERSED), 2**32 - 1) ^ (2**32 - 1)
+        if ended:
+            raise InputError(f"{path}: goes on after its end: another stream, or junk; only the first would be read")
+        if int(f"{crc:032b}"[::-1], 2).to_bytes(4, "little") != content[at + 22:at + 26] or (
+                number != int.from_bytes(content[at + 18:at + 22], "little")):
+            raise InputError(f"{path}: damaged (page {number} of its Ogg stream); get it again")
+        at, number, ended = at + size, number + 1, bool(content[at + 5] & 4)
+    if not ended:
+        raise InputError(f"{path}: cut off before its end; get it again")
+
+
 def read_audio(path, start=0.0, seconds=None):
     """Decode a recording, or `seconds` of it from `start` on: mono float32 (S,) at 16 kHz.
 
-    Channels are averaged. Raises InputError as `open_audio` does, and for samples that are not finite.
+    Channels are averaged. Raises InputError as `open_audio` does, for damaged Ogg files, and for samples that are
+    not finite.
     """
     with open_audio(path) as file:
+        if file.format == "OGG" and start == 0:
+            check_ogg(path)
         rate = file.samplerate
         parts, left = [], file.frames
         try:
@@ -228,6 +256,19 @@ def read_audio(path, start=0.0, seconds=None):
 def to_int16(waveform):
     """Waveform in [-1, 1] to int16; what is louder is clipped."""
     return np.clip(np.round(waveform * 32768), -32768, 32767).astype(np.int16)
+
+
+def read_blocks(path, seconds=600):
+    """A recording of any length as int16 blocks of ten minutes, which together are what `read_audio` gives.
+
+    Each is read with a second more on either side, further than the filter of `resample` reaches.
+    """
+    with open_audio(path) as file:
+        blocks = max(1, -(-file.frames // (file.samplerate * seconds)))
+    for start in range(0, blocks * seconds, seconds):
+        before, last = min(start, 1), start == (blocks - 1) * seconds
+        waveform = read_audio(path, start - before, None if last else before + seconds + 1)[before * SAMPLE_RATE:]
+        yield to_int16(waveform if last else waveform[:seconds * SAMPLE_RATE])
 
 
 def walk(folder):
@@ -260,7 +301,8 @@ def audio_files(folder):
 
 
 class Recordings(torch.utils.data.Dataset):
-    """Recordings, decoded when asked for: (path, int16 waveform or the reason why there is none)."""
+    """Recordings, decoded when asked for: (path, int16 waveform or the reason why there is none). Of those of more
+    than LONG seconds, which could fill the memory, the waveform is left to `read_blocks`: it is None."""
 
     def __init__(self, files):
         self.files = files
@@ -271,7 +313,9 @@ class Recordings(torch.utils.data.Dataset):
     def __getitem__(self, i):
         path = self.files[i]
         try:
-            return path, to_int16(read_audio(path))
+            with open_audio(path) as file:
+                long = file.frames > LONG * file.samplerate
+            return path, None if long else to_int16(read_audio(path))
         except InputError as error:
             return path, str(error).removeprefix(f"{path}: ")
         except Exception as error:          # one damaged file must not cost the others
@@ -279,7 +323,7 @@ class Recordings(torch.utils.data.Dataset):
 
 
 def decode(files, workers=None, done=0):
-    """Decode recordings on all cores, with a progress bar: yields (path, waveform or reason) in order.
+    """Decode recordings on all cores, with a progress bar: yields what is in `Recordings`, in order.
 
     `done` is how many were decoded before these.
     """
@@ -298,6 +342,7 @@ def ignore_signals(_):
 # --------------------------------------------------------------------- packing recordings for training
 
 INDEX = np.dtype([("shard", np.int32), ("start", np.int64), ("length", np.int64)])   # in samples
+LONG = 3600         # seconds of a recording that are decoded at once
 SILENCE = 33        # largest absolute sample of a recording that counts as silent: -60 dB
 
 
@@ -341,14 +386,22 @@ def pack(files, names, out, shard_hours=5.0, workers=None, keep_silent=False):
         if audio is None:
             shard = dict(kept=[], lengths=[], skipped=[])
             audio = open(out / f"shard_{len(shards):05}.int16", "wb")       # noqa: SIM115
-        if not (isinstance(waveform, str) or keep_silent) and np.abs(waveform.astype(int)).max() < SILENCE:
-            waveform = "silent (--keep-silent packs it all the same)"
-        if isinstance(waveform, str):
-            shard["skipped"].append(f"{names[number]}: {waveform}")
+        place, loudest, reason = audio.tell(), 0, waveform if isinstance(waveform, str) else None
+        try:
+            for block in () if reason else read_blocks(path) if waveform is None else (waveform,):
+                audio.write(block.astype("<i2").tobytes())
+                loudest = max(loudest, int(block.max()), -int(block.min()))
+        except InputError as error:
+            reason = str(error).removeprefix(f"{path}: ")
+        if not reason and not keep_silent and loudest < SILENCE:
+            reason = "silent (--keep-silent packs it all the same)"
+        if reason:
+            audio.seek(place)
+            audio.truncate()
+            shard["skipped"].append(f"{names[number]}: {reason}")
         else:
-            audio.write(waveform.astype("<i2").tobytes())
             shard["kept"].append(number)
-            shard["lengths"].append(len(waveform))
+            shard["lengths"].append((audio.tell() - place) // 2)
         if audio.tell() >= 2 * limit or number == len(files) - 1:
             audio.flush()
             os.fsync(audio.fileno())
@@ -993,9 +1046,9 @@ def load_labelled(data, root=None, workers=None, say=print):
             if isinstance(waveform, str):
                 reasons.append(f"{path}: {waveform}")
                 continue
-            waveforms.append(waveform)
+            waveforms.append(np.concatenate(list(read_blocks(path))) if waveform is None else waveform)
             kept.append(clip)
-            samples += len(waveform)
+            samples += len(waveforms[-1])
             if samples > IN_MEMORY * 3600 * SAMPLE_RATE:
                 raise InputError(f"{root}: more than {IN_MEMORY} hours, too much to decode in each run: "
                                  f"first python datasets.py pack {root} OUT --data {data}, then --root OUT")

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -1005,6 +1006,71 @@ def test_streamed_flac_of_unknown_length_is_refused(tmp_path):
         datasets.read_audio(tmp_path / "a.flac")
 
 
+def damaged(folder, suffix, number):
+    """How many of so many files are read although they were cut off at random, or one of their bits was flipped."""
+    rng, read = np.random.default_rng(0), {"intact": 0, "cut": 0, "flipped": 0}
+    path = folder / f"a.{suffix}"
+    for i in range(number):
+        write_wav(folder / "a.wav", 2, frequency=200 + i)
+        wave, _ = soundfile.read(folder / "a.wav")
+        soundfile.write(path, wave, 16_000, **(dict(format="OGG", subtype="OPUS") if suffix == "opus" else {}))
+        whole = path.read_bytes()
+        flipped, place = bytearray(whole), rng.integers(len(whole))
+        flipped[place] ^= 1 << rng.integers(8)
+        for kind, content in (("intact", whole), ("cut", whole[:rng.integers(1, len(whole))]), ("flipped", flipped)):
+            path.write_bytes(content)
+            with contextlib.suppress(InputError):
+                datasets.read_audio(path)
+                read[kind] += 1
+    return read
+
+
+@pytest.mark.parametrize("suffix", ["ogg", "opus", "flac"])
+def test_damaged_recordings_are_not_read(tmp_path, suffix):
+    assert damaged(tmp_path, suffix, 10) == dict(intact=10, cut=0, flipped=0)
+
+
+@soak
+@pytest.mark.parametrize("suffix", ["ogg", "opus", "flac", "mp3", "wav"])
+def test_soak_damaged_recordings(tmp_path, suffix):
+    read = damaged(tmp_path, suffix, 300)
+    print(f"{suffix}: of 300 each, read: {read}")
+    assert read["intact"] == 300 and read["cut"] == 0       # mp3 and wav have no checksums against flipped bits
+
+
+def test_ogg_files_in_a_chain_are_refused(tmp_path):
+    write_wav(tmp_path / "a.ogg")
+    content = (tmp_path / "a.ogg").read_bytes()
+    (tmp_path / "a.ogg").write_bytes(content * 2)
+    with pytest.raises(InputError, match="another stream"):
+        datasets.read_audio(tmp_path / "a.ogg")
+
+
+@pytest.mark.parametrize("rate, suffix", [(44_100, "wav"), (16_000, "flac"), (22_050, "ogg")])
+def test_blocks_of_a_recording_are_the_whole(tmp_path, rate, suffix):
+    write_wav(tmp_path / f"a.{suffix}", 7.3, rate)
+    whole = datasets.to_int16(datasets.read_audio(tmp_path / f"a.{suffix}"))
+    blocks = list(datasets.read_blocks(tmp_path / f"a.{suffix}", 2))
+    assert [len(block) for block in blocks[:-1]] == [32_000] * 3
+    assert np.abs(np.concatenate(blocks).astype(int) - whole).max() <= 1        # sums may be rounded in another order
+
+
+def test_long_recordings_are_packed_in_blocks(tmp_path, monkeypatch):
+    """With the same bytes, and left out whole when they end early or are silent."""
+    monkeypatch.setattr(datasets, "LONG", 2)
+    write_wav(tmp_path / "a.wav", 3)
+    write_wav(tmp_path / "b.flac", 3, frequency=500)
+    content = (tmp_path / "b.flac").read_bytes()
+    (tmp_path / "b.flac").write_bytes(content[:len(content) // 2])
+    soundfile.write(tmp_path / "c.wav", np.zeros(48_000), 16_000)
+    write_wav(tmp_path / "d.wav", 1)
+    names = ["a.wav", "b.flac", "c.wav", "d.wav"]
+    kept, skipped = datasets.pack([tmp_path / name for name in names], names, tmp_path / "out")
+    assert kept == [0, 3] and skipped[0].startswith("b.flac: ") and skipped[1].startswith("c.wav: silent")
+    for name, waveform in zip(["a.wav", "d.wav"], datasets.Shards(tmp_path / "out"), strict=True):
+        assert np.array_equal(waveform, soundfile.read(tmp_path / name, dtype="int16")[0])
+
+
 def test_links_are_followed_once(tmp_path):
     write_wav(tmp_path / "real" / "a" / "1.wav")
     (tmp_path / "in").mkdir()
@@ -1179,6 +1245,36 @@ def test_held_out_recordings_are_never_trained_on(tmp_path):
     assert {again.name(i) for i in range(16)} == names[1]
     synth, others = datasets.Synth(1.0), datasets.Synth(1.0, held_out=True)
     assert not np.array_equal(synth.crop(0, None), others.crop(0, None))
+
+
+@soak
+def test_soak_a_packing_of_many_hours_needs_little_memory(tmp_path):
+    """Twenty hours of silence, 2 MB of FLAC: their samples alone would be 2.3 GB."""
+    with soundfile.SoundFile(tmp_path / "long.flac", "w", 16_000, 1) as file:
+        for _ in range(20):
+            file.write(np.zeros(3600 * 16_000, np.int16))
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    print(run("datasets.py", "pack", tmp_path, tmp_path / "out", "--keep-silent"))
+    most = max(before, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) / 1024
+    print(f"{most:.0f} MB")
+    assert most < 1500
+
+
+@soak
+def test_soak_workers_of_a_killed_packing_end_too(tmp_path):
+    for i in range(64):
+        write_wav(tmp_path / "in" / f"{i}.wav", 60, 44_100)
+    process = subprocess.Popen([sys.executable, HERE / "datasets.py", "pack", tmp_path / "in", tmp_path / "out",
+                                "--workers", "2"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while len(workers := children.read_text().split()) < 2:
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    ends = time.time() + 15
+    while any(Path(f"/proc/{worker}").exists() and "Z" not in Path(f"/proc/{worker}/stat").read_text().split()[2]
+              for worker in workers):
+        assert time.time() < ends
 
 
 @soak
@@ -2367,6 +2463,9 @@ class Evil:
     ("pretrain.py", "--data nowhere", "nowhere"),
     ("pretrain.py", "--data EMPTY", "datasets.py pack"),
     ("pretrain.py", "--heads 7", "heads"),
+    ("pretrain.py", "--blocks 1000000000", "--blocks"),
+    ("pretrain.py", "--batch-size 1000000000", "--batch-size"),
+    ("pretrain.py", "--dim 16384 --ffn-dim 16384 --blocks 16384 --heads 1", "billion weights"),
     ("pretrain.py", "--batch-size 0", "--batch-size"),
     ("pretrain.py", "--batch-size many", "whole number"),
     ("pretrain.py", "--batch-size 6 --micro-batch 4", "does not divide"),

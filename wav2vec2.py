@@ -215,6 +215,8 @@ class Wav2Vec2(nn.Module):
         for name in ("dim", "blocks", "heads", "ffn_dim", "stack", "latent_dim", "mask_length", "distractors"):
             if not 1 <= s[name] <= 16_384:              # more would only ask for memory that nobody has
                 raise ValueError(f"{name} must be 1 to 16384, not {s[name]}")
+        if s["blocks"] * s["dim"] * (4 * s["ffn_dim"] + 7 * s["dim"]) > 10**10:      # of four modules in each block
+            raise ValueError("these sizes make over 10 billion weights, more than a machine could hold")
         if not 0 < s["mask_prob"] < 1 or not 0 <= s["dropout"] < 1 or not s["temperature"] > 0:
             raise ValueError("mask_prob must lie between 0 and 1, dropout in [0, 1), temperature over 0")
         if s["norm"] not in ("group", "batch"):
