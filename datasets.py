@@ -22,6 +22,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import zipfile
 import zlib
@@ -329,14 +330,19 @@ def decode(files, workers=None, done=0):
     """
     workers = min(workers or cores(), len(files) // 16)             # for a few files none is worth its start
     loader = torch.utils.data.DataLoader(Recordings(files), batch_size=None, num_workers=workers, collate_fn=tuple,
-                                         worker_init_fn=ignore_signals)
+                                         worker_init_fn=init_worker)
     yield from tqdm(loader, "decode", total=done + len(files), initial=done, unit=" files", leave=False, disable=None)
 
 
-def ignore_signals(_):
-    """In a process that reads data: whether Ctrl-C and SIGTERM end the program is for its parent to decide."""
+def init_worker(_):
+    """In a process that reads data: whether Ctrl-C and SIGTERM end it is for its parent to decide; it ends with it."""
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 # --------------------------------------------------------------------- packing recordings for training
@@ -1175,7 +1181,7 @@ def batches(source, batch_size, updates, seed, first=0, rank=0, world=1, workers
     return torch.utils.data.DataLoader(
         ClipStream(source, seed, clips_by_class), batch_sampler=numbers, num_workers=workers,
         collate_fn=functools.partial(collate, samples=samples),
-        worker_init_fn=ignore_signals, pin_memory=torch.cuda.is_available())
+        worker_init_fn=init_worker, pin_memory=torch.cuda.is_available())
 
 
 # ----------------------------------------------------------------------------------------- command line
