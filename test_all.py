@@ -1359,6 +1359,11 @@ def test_synth_events_are_where_they_are_said_to_be():
     assert np.mean(ratios) > 0.5
 
 
+def test_synth_tones_have_their_frequency():
+    spectrum = np.abs(np.fft.rfft(datasets._tone(np.full(16_000, 440.0), (1, 0.5))))
+    assert spectrum.argmax() == 440 and spectrum[880] == pytest.approx(spectrum[440] / 2, rel=1e-3)
+
+
 def test_synth_is_labelled_with_its_events():
     data = datasets.synth(3, 2)
     assert data.splits.tolist() == ["train"] * 3 + ["test"] * 2
