@@ -14,6 +14,7 @@ import collections
 import contextlib
 import copy
 import csv
+import errno
 import functools
 import hashlib
 import json
@@ -78,6 +79,8 @@ def run_script(main):
         return main()
     except (InputError, OSError) as error:
         message = str(error).strip().split("\n")[-1]        # those of data workers come with their traceback
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            message = f"{error.filename or 'the disk'}: no space left; make room, then continue with the same command"
     except (RuntimeError, MemoryError) as error:
         if "DataLoader worker" in str(error):
             message = "a process that reads data was killed (out of memory?): --resume continues, with fewer --workers"
@@ -180,8 +183,11 @@ NO_END = "lacks an end-of-stream bit"
 def open_audio(path):
     """A recording, opened with soundfile. Raises InputError if it is missing, not audio, empty or, as far as
     its format tells, cut off."""
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file")
+    for wrong, fault in ((not os.path.lexists(path), "no such file"), (os.path.isdir(path), "is a folder"),
+                         (not os.path.isfile(path), "is no regular file, or a link to nowhere"),
+                         (not os.access(path, os.R_OK), "no permission to read it")):
+        if wrong:
+            raise InputError(f"{path}: {fault}")
     try:
         file = soundfile.SoundFile(path)
     except soundfile.LibsndfileError as error:

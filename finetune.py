@@ -34,7 +34,7 @@ import augment
 import metrics
 from conformer import BatchNorm, Dropout
 from datasets import (READERS, Bar, InputError, Parser, batches, claim, collate, cores, download_esc50, in_range,
-                      load_labelled, open_audio, read_audio, run_script)
+                      load_labelled, open_audio, read_audio, reading, run_script)
 from frontend import HOP, SAMPLE_RATE, LogMel, frame_count, padding_mask
 from pretrain import (MAX_CONSECUTIVE_SKIPS, autocast, derive_seed, finish, init_distributed, parse_run,
                       save_checkpoint)
@@ -106,6 +106,8 @@ class Classifier(nn.Module):
 
     def __init__(self, encoder, classes, head="mean", dropout=0.1, freeze=False):
         super().__init__()
+        if head not in ("mean", "stats", "frames"):
+            raise ValueError(f"no head '{head}'")
         self.encoder, self.head, self.freeze = encoder, head, freeze
         self.single_label = False       # `load` sets it for what --loss ce trained: softmax, not sigmoids
         encoder.requires_grad_(not freeze)
@@ -606,7 +608,8 @@ def load(run, device="cpu"):
         raise InputError(f"{path}: is what --resume needs of a run; name the run's folder, or a model in it")
     classes, (model, frontend) = content.get("classes", []), load_encoder(content)
     if classes:
-        model = Classifier(model, len(classes), content["head"], freeze=content["freeze"])
+        with reading(path, "use another model"):
+            model = Classifier(model, len(classes), content["head"], freeze=content["freeze"])
     load_weights(content, model, frontend)
     model.single_label = content["args"].get("loss") == "ce"
     return model.to(device).eval(), frontend.to(device), classes

@@ -84,6 +84,8 @@ def parse_run(parser, argv, complete):
     group.add_argument("--weight-decay", type=in_range(float, 0, 1e6), default=0.01, help="pulls weights to 0; more of "
                        "it regularises more (%(default)s)")
     args = complete(parser.parse_args(argv))
+    if args.out and Path(args.out).is_file() and not getattr(args, "embed", None):
+        raise InputError(f"--out {args.out} is a file: name a folder")
     if args.out is None or not (Path(args.out) / "checkpoint.pt").exists():
         return args, None
     if not args.resume:
@@ -406,9 +408,8 @@ def main():
             skipped, skips_in_a_row = skipped + 1, skips_in_a_row + 1
         optimizer.zero_grad()
         if skips_in_a_row == MAX_CONSECUTIVE_SKIPS:
-            names = ", ".join(map(source.name, numbers[:3].tolist()))
             raise InputError(f"loss or gradient not finite in {skips_in_a_row} updates in a row, now at {update + 1} "
-                             f"with {names}, ...: lower --lr, or look at these recordings")
+                             f"with {source.name(int(numbers[0]))}, ...: lower --lr, or look at the recordings")
 
         done = update + 1
         due = done % args.checkpoint_every == 0 or done == args.updates

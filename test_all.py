@@ -1038,6 +1038,18 @@ def test_soak_damaged_recordings(tmp_path, suffix):
     assert read["intact"] == 300 and read["cut"] == 0       # mp3 and wav have no checksums against flipped bits
 
 
+def test_what_is_no_file_is_called_what_it_is(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "fifo.wav")
+    (tmp_path / "folder.wav").mkdir()
+    (tmp_path / "link.wav").symlink_to(tmp_path / "nowhere")
+    for name, word in (("fifo", "no regular"), ("folder", "is a folder"), ("link", "nowhere"), ("none", "no such")):
+        with pytest.raises(InputError, match=word):
+            datasets.read_audio(tmp_path / f"{name}.wav")
+    monkeypatch.setattr(os, "scandir", lambda path: exec("raise PermissionError(13, 'Permission denied', path)"))
+    with pytest.raises(InputError, match="can't be listed .Permission denied"):
+        datasets.walk(tmp_path)
+
+
 def test_ogg_files_in_a_chain_are_refused(tmp_path):
     write_wav(tmp_path / "a.ogg")
     content = (tmp_path / "a.ogg").read_bytes()
@@ -1137,6 +1149,13 @@ def test_files_of_others_are_not_overwritten(tmp_path, call):
     (tmp_path / "in" / "labels.json").write_text("[]")          # a raw folder with such a file is a raw folder
     write_wav(tmp_path / "in" / "b" / "b.wav")
     assert len(load_quietly("folder", tmp_path / "in")) == 1
+
+
+def test_a_full_disk_is_named(tmp_path, call, monkeypatch):
+    write_wav(tmp_path / "in" / "a.wav")
+    monkeypatch.setattr(os, "fsync", lambda number: exec("raise OSError(28, 'No space left on device')"))
+    message = call("datasets.py", "pack", tmp_path / "in", tmp_path / "out", code=2)
+    assert "no space left; make room, then continue" in message and message.count("\n") == 1
 
 
 def test_a_source_that_vanishes_stops_the_packing_and_is_packed_later(tmp_path, call, monkeypatch):
@@ -2475,6 +2494,7 @@ class Evil:
     ("pretrain.py", "--batch-size many", "whole number"),
     ("pretrain.py", "--batch-size 6 --micro-batch 4", "does not divide"),
     ("pretrain.py", "--lr nan", "--lr"),
+    ("pretrain.py", "--out TEXT", "is a file"),
     ("pretrain.py", "--kernel 4", "kernel"),
     ("pretrain.py", "--seconds 0.3", "--seconds"),
     ("pretrain.py", "--device nonsense", "nonsense"),
@@ -2530,6 +2550,19 @@ def test_a_damaged_checkpoint_is_refused(pretrained, tmp_path):
     torch.save(content, tmp_path / "checkpoint.pt")
     with pytest.raises(InputError, match="not finite"):
         load_checkpoint(tmp_path)
+
+
+def test_interrupting_a_prediction_ends_in_a_line(finetuned, tmp_path, monkeypatch, call):
+    monkeypatch.setattr(finetune, "tag", lambda *_: signal.raise_signal(signal.SIGINT))
+    write_wav(tmp_path / "a.wav")
+    assert call("finetune.py", "--predict", tmp_path / "a.wav", "--init", finetuned, code=130).count("\n") == 1
+
+
+def test_a_model_with_an_unknown_head_is_refused(finetuned, tmp_path):
+    content = torch.load(finetuned / "fold1_fraction1.pt", weights_only=True)
+    torch.save({**content, "head": "two"}, tmp_path / "a.pt")
+    with pytest.raises(InputError, match="no head"):
+        finetune.load(tmp_path / "a.pt")
 
 
 def test_a_checkpoint_of_another_version_is_refused():
