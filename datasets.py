@@ -290,13 +290,18 @@ def walk(folder):
         raise InputError(f"{folder}: no such folder")
     seen, files = set(), []
     for parent, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
-        status = os.stat(parent)
-        if (status.st_dev, status.st_ino) in seen:
+        if identity(parent) in seen:
             folders.clear()
             continue
-        seen.add((status.st_dev, status.st_ino))
+        seen.add(identity(parent))
         files += [(Path(parent, name), os.path.splitext(name)[1].lower()) for name in names]
     return sorted(files)
+
+
+def identity(path):
+    """The same for all names and links of a file."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
 
 
 def audio_files(folder):
@@ -876,7 +881,7 @@ def merge_duplicates(clips, paths, by_content):
     sizes = collections.Counter(os.path.getsize(path) for path in set(paths)) if by_content else {}
     seen, merged = {}, {}
     for clip, path in zip(clips, paths, strict=True):
-        keys = [("file", os.path.realpath(path)), ("group", clip.group or path)]
+        keys = [("file", identity(path)), ("group", clip.group or path)]
         if by_content and sizes[os.path.getsize(path)] > 1:
             keys.append(("content", digest(path)))
         for what, key in keys:
@@ -1226,7 +1231,8 @@ def main():
     if args.data:
         kept, skipped = pack_labelled(args.data, args.folder, args.out, **options)
     else:
-        files = audio_files(args.folder)
+        files = [path for path in audio_files(args.folder) if path.exists()]        # some may be links to nowhere
+        files = sorted({identity(path): path for path in reversed(files)}.values())     # of two names the first
         names = [str(path.relative_to(args.folder)) for path in files]
         kept, skipped = pack(files, names, args.out, keep_silent=args.keep_silent, **options)
     hours, minutes = Shards(args.out).lengths.sum() / SAMPLE_RATE / 3600, (time.time() - began) / 60

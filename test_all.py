@@ -1083,13 +1083,17 @@ def test_long_recordings_are_packed_in_blocks(tmp_path, monkeypatch):
         assert np.array_equal(waveform, soundfile.read(tmp_path / name, dtype="int16")[0])
 
 
-def test_links_are_followed_once(tmp_path):
+def test_links_are_followed_once(tmp_path, call):
     write_wav(tmp_path / "real" / "a" / "1.wav")
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "linked").symlink_to(tmp_path / "real")
     (tmp_path / "in" / "again").symlink_to(tmp_path / "in")
     (tmp_path / "real" / "a" / "up").symlink_to(tmp_path / "real")
     assert [path.name for path in datasets.audio_files(tmp_path / "in")] == ["1.wav"]
+    (tmp_path / "real" / "a" / "2.wav").symlink_to(tmp_path / "real" / "a" / "1.wav")
+    os.link(tmp_path / "real" / "a" / "1.wav", tmp_path / "real" / "a" / "3.wav")
+    (tmp_path / "real" / "a" / "4.wav").symlink_to(tmp_path / "nowhere")
+    assert "1 recordings" in call("datasets.py", "pack", tmp_path / "real", tmp_path / "out")
 
 
 # ------------------------------------------------------------------------- packing
@@ -1660,6 +1664,18 @@ def test_malformed_tables_are_named(tmp_path, table):
     (tmp_path / "mine.csv").write_bytes(table)
     with pytest.raises(InputError, match=r"mine\.csv"):
         load_quietly("csv", tmp_path / "mine.csv")
+
+
+@pytest.mark.parametrize("damage", [
+    lambda content: "[]", lambda content: content[:50], lambda content: content.replace('"data"', '"date"'),
+    lambda content: content.replace("[0]", "[7]"), lambda content: content.replace("[0], ", "")])
+def test_damaged_labels_of_a_pack_are_refused(tmp_path, damage):
+    write_esc50(tmp_path / "data")
+    datasets.pack_labelled("esc50", tmp_path / "data", tmp_path / "packed")
+    path = tmp_path / "packed" / "labels.json"
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(InputError, match="labels.json: damaged"):
+        load_quietly("esc50", tmp_path / "packed")
 
 
 def test_too_many_hours_are_to_be_packed(tmp_path, monkeypatch):
@@ -2558,6 +2574,24 @@ def test_interrupting_a_prediction_ends_in_a_line(finetuned, tmp_path, monkeypat
     assert call("finetune.py", "--predict", tmp_path / "a.wav", "--init", finetuned, code=130).count("\n") == 1
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_memory_that_runs_out_is_said_in_a_line(monkeypatch, call, error):
+    def fail():
+        raise error
+    monkeypatch.setattr(pretrain, "main", fail)
+    assert "out of memory: give a smaller" in call("pretrain.py", code=2)
+
+
+def test_resuming_notices_other_splits(pretrained, tmp_path, monkeypatch, call):
+    write_esc50(tmp_path)
+    options = ["finetune.py", "--data", "esc50", "--root", tmp_path, "--updates", 2, "--batch-size", 2, "--out",
+               tmp_path / "run"]
+    call(*options)
+    table = tmp_path / "meta" / "esc50.csv"
+    table.write_text(table.read_text().replace("1-100-A-0.wav,1", "1-100-A-0.wav,2"))
+    assert "splits" in call(*options, "--resume", code=2)
+
+
 def test_a_model_with_an_unknown_head_is_refused(finetuned, tmp_path):
     content = torch.load(finetuned / "fold1_fraction1.pt", weights_only=True)
     torch.save({**content, "head": "two"}, tmp_path / "a.pt")
@@ -2566,6 +2600,7 @@ def test_a_model_with_an_unknown_head_is_refused(finetuned, tmp_path):
 
 
 def test_a_checkpoint_of_another_version_is_refused():
-    for settings in (dict(size="tiny", colour="red"), dict(size="huge"), dict(size="tiny", dim="wide")):
+    for settings in (dict(size="tiny", colour="red"), dict(size="huge"), dict(size="tiny", dim="wide"),
+                     dict(size="tiny", blocks=10**9)):
         with pytest.raises(InputError, match="of another version"):
             wav2vec2.load_encoder(dict(settings=settings))
