@@ -363,6 +363,26 @@ LONG = 3600         # seconds of a recording that are decoded at once
 SILENCE = 33        # largest absolute sample of a recording that counts as silent: -60 dB
 
 
+def append_recording(audio, path, waveform, keep_silent):
+    """Append a recording, as `decode` gives it, to the open file of a shard. Returns the reason why it can't be used,
+    which leaves the file as it was, or None."""
+    if isinstance(waveform, str):
+        return waveform
+    start, loudest, reason = audio.tell(), 0, None
+    try:
+        for block in read_blocks(path) if waveform is None else (waveform,):
+            audio.write(block.astype("<i2").tobytes())
+            loudest = max(loudest, int(block.max()), -int(block.min()))
+        if loudest < SILENCE and not keep_silent:
+            reason = "silent (--keep-silent packs it all the same)"
+    except InputError as error:
+        reason = str(error).removeprefix(f"{path}: ")
+    if reason:
+        audio.seek(start)
+        audio.truncate()
+    return reason
+
+
 def pack(files, names, out, shard_hours=5.0, workers=None, keep_silent=False):
     """Decode recordings into int16 shards that training can read from anywhere.
 
@@ -403,22 +423,12 @@ def pack(files, names, out, shard_hours=5.0, workers=None, keep_silent=False):
         if audio is None:
             shard = dict(kept=[], lengths=[], skipped=[])
             audio = open(out / f"shard_{len(shards):05}.int16", "wb")       # noqa: SIM115
-        place, loudest, reason = audio.tell(), 0, waveform if isinstance(waveform, str) else None
-        try:
-            for block in () if reason else read_blocks(path) if waveform is None else (waveform,):
-                audio.write(block.astype("<i2").tobytes())
-                loudest = max(loudest, int(block.max()), -int(block.min()))
-        except InputError as error:
-            reason = str(error).removeprefix(f"{path}: ")
-        if not reason and not keep_silent and loudest < SILENCE:
-            reason = "silent (--keep-silent packs it all the same)"
+        start, reason = audio.tell(), append_recording(audio, path, waveform, keep_silent)
         if reason:
-            audio.seek(place)
-            audio.truncate()
             shard["skipped"].append(f"{names[number]}: {reason}")
         else:
             shard["kept"].append(number)
-            shard["lengths"].append((audio.tell() - place) // 2)
+            shard["lengths"].append((audio.tell() - start) // 2)
         if audio.tell() >= 2 * limit or number == len(files) - 1:
             audio.flush()
             os.fsync(audio.fileno())
