@@ -33,7 +33,7 @@ from tqdm import tqdm
 import augment
 import metrics
 from conformer import BatchNorm, Dropout
-from datasets import (READERS, Bar, InputError, Parser, batches, claim, collate, cores, download_esc50, in_range,
+from datasets import (READERS, Bar, InputError, Parser, batches, claim, collate, download_esc50, in_range,
                       load_labelled, open_audio, read_audio, reading, run_script)
 from frontend import HOP, SAMPLE_RATE, LogMel, frame_count, padding_mask
 from pretrain import (MAX_CONSECUTIVE_SKIPS, autocast, derive_seed, finish, init_distributed, parse_run,
@@ -556,7 +556,7 @@ def main():
     device, rank, world, _ = processes
     init, out = load_checkpoint(args.init, "pretrain.py") if args.init else None, Path(args.out)
     say = functools.partial(print, flush=True) if rank == 0 else lambda text: None
-    data = load_labelled(args.data, args.root, cores(), say)
+    data = load_labelled(args.data, args.root, say=say)
     jobs, fingerprint = plan(data, args), hashlib.sha256(f"{data.fingerprint()} {' '.join(data.splits)} ".encode() + (
         init["model"]["mask_embedding"].numpy().tobytes() if init else b"")).hexdigest()
     if state and state["data"] != fingerprint:
