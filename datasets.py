@@ -1151,6 +1151,11 @@ def shuffled(position, count, seed):
             return position
 
 
+def derive_seed(*numbers):
+    """A 63-bit seed from several numbers, unrelated to the seeds of their neighbours."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
 class ClipStream(torch.utils.data.Dataset):
     """Crop n of an endless stream of shuffled epochs: (int16 waveform, its number in the source).
 

@@ -33,11 +33,10 @@ from tqdm import tqdm
 import augment
 import metrics
 from conformer import BatchNorm, Dropout
-from datasets import (READERS, Bar, InputError, Parser, batches, claim, collate, download_esc50, in_range,
+from datasets import (READERS, Bar, InputError, Parser, batches, claim, collate, derive_seed, download_esc50, in_range,
                       load_labelled, open_audio, read_audio, reading, run_script)
 from frontend import HOP, SAMPLE_RATE, LogMel, frame_count, padding_mask
-from pretrain import (MAX_CONSECUTIVE_SKIPS, autocast, derive_seed, finish, init_distributed, parse_run,
-                      save_checkpoint)
+from pretrain import MAX_CONSECUTIVE_SKIPS, autocast, finish, init_distributed, parse_run, save_checkpoint
 from wav2vec2 import SIZES, Wav2Vec2, load_checkpoint, load_encoder, load_weights
 
 # Each metric's function returns its value, or one for each class, to be averaged.
@@ -194,6 +193,7 @@ def gather(x, world):
     return torch.cat(parts)
 
 
+@torch.no_grad()
 def augment_batch(waveform, lengths, frontend, args, generator, rank=0, world=1):
     """The versions of a batch that are trained on, each after the augmentations of Sec. 4.1: a list of log-mels
     (B, T, 64), and their padding mask. With the consistency loss there are two versions.
@@ -444,22 +444,33 @@ def evaluate(model, frontend, data, args, device, rank, world):
         raise InputError(f"no {data.metric} on these {len(data)} clips: {error}") from None
 
 
-def train(model, frontend, training, valid, args, processes, label, save, state):
-    """Fine-tune in place on a labelled set; `label` names the run in the progress bar.
+def add_gradients(wrapped, versions, padding, target, args):
+    """Forward and backward pass of a batch, in parts of --micro-batch clips: V versions (B, T, 64), their padding mask,
+    target (B, C) -> the mean loss, without gradient."""
+    B, total = len(target), torch.zeros((), device=target.device)
+    micro_batch = args.micro_batch or B
+    for i in range(0, B, micro_batch):
+        part = slice(i, i + micro_batch)
+        mask = None if padding is None else padding[part].repeat(len(versions), 1)
+        wrapped.require_backward_grad_sync = i + micro_batch == B           # between processes: once
+        with autocast(target.device, args.dtype):                           # (V B, C): all versions in one pass
+            logits = wrapped(torch.cat([version[part] for version in versions]), mask)
+        loss = compute_loss(logits, target[part], args) * micro_batch / B
+        loss.backward()
+        total += loss.detach()
+    return total
 
-    With validation clips the model ends with the weights that did best on them. Returns the validation scores
-    dict(best, last), of None without. `save(model, **content)` writes a checkpoint; `state`, the content of one, is
-    resumed from. Raises InputError after MAX_CONSECUTIVE_SKIPS updates in a row that are not finite.
-    """
+
+def train(model, frontend, training, valid, args, processes, label, save, state):
+    """Fine-tune in place; with validation clips the model ends with the weights that did best on them. Returns the
+    validation scores dict(best, last), of None without. `save(model, **content)` writes a checkpoint; `state` is the
+    content of one. Raises InputError after MAX_CONSECUTIVE_SKIPS updates in a row that are not finite."""
     device, rank, world, signals = processes
-    local_batch = args.batch_size // world
-    micro_batch = args.micro_batch or local_batch
     wrapped = model.train() if world == 1 else DistributedDataParallel(model.train())
     parameters = [p for p in model.parameters() if p.requires_grad]
-    encoder = [p for p in model.encoder.parameters() if p.requires_grad]
-    groups = [dict(params=model.linear.parameters(), share=1.0), dict(params=encoder, share=args.encoder_lr)]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=args.weight_decay,
-                                  fused=device.type != "mps")
+    groups = [dict(params=model.linear.parameters(), share=1.0),
+              dict(params=[p for p in model.encoder.parameters() if p.requires_grad], share=args.encoder_lr)]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=device.type != "mps")
     first, scores, best_weights, skips_in_a_row = 0, dict(best=None, last=None), None, 0
     if state["update"]:
         load_weights(state, model, frontend)
@@ -474,29 +485,19 @@ def train(model, frontend, training, valid, args, processes, label, save, state)
             group["lr"] = group["share"] * three_stage_lr(update, args.updates, args.lr, args.stages)
         generator = torch.Generator().manual_seed(derive_seed(1, args.seed, update))
         torch.manual_seed(derive_seed(2, args.seed, update, rank))                      # dropout
-        with torch.no_grad():
-            versions, padding = augment_batch(waveform.to(device, non_blocking=True), lengths, frontend, args,
-                                              generator, rank, world)
-        target, total = torch.from_numpy(training.targets(numbers)).to(device), torch.zeros(2, device=device)
-        total[0] = len(signals)
-        for i in range(0, local_batch, micro_batch):
-            part = slice(i, i + micro_batch)
-            mask = None if padding is None else padding[part].repeat(len(versions), 1)
-            wrapped.require_backward_grad_sync = i + micro_batch == local_batch         # between processes: once
-            with autocast(device, args.dtype):              # (V B, C): both versions in one pass
-                logits = wrapped(torch.cat([version[part] for version in versions]), mask)
-            loss = compute_loss(logits, target[part], args) * micro_batch / local_batch
-            loss.backward()
-            total[1] += loss.detach() / world
+        versions, padding = augment_batch(waveform.to(device, non_blocking=True), lengths, frontend, args, generator,
+                                          rank, world)
+        target = torch.from_numpy(training.targets(numbers)).to(device)
+        loss = add_gradients(wrapped, versions, padding, target, args) / world
+        sums = torch.stack([loss, loss.new_tensor(len(signals))])
         if world > 1:
-            dist.all_reduce(total)
+            dist.all_reduce(sums)
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        stopping, loss, norm = torch.cat([total, norm[None]]).tolist()                  # waits for the device, once
-        if math.isfinite(loss) and math.isfinite(norm):
+        loss, stopping, norm = torch.cat([sums, norm[None]]).tolist()                   # waits for the device, once
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite:
             optimizer.step()
-            skips_in_a_row = 0
-        else:
-            skips_in_a_row += 1
+        skips_in_a_row = 0 if finite else skips_in_a_row + 1
         optimizer.zero_grad()
         if skips_in_a_row == MAX_CONSECUTIVE_SKIPS:
             raise InputError(f"loss or gradient not finite in {skips_in_a_row} updates in a row, now at {update + 1} "

@@ -33,7 +33,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from datasets import (Bar, InputError, Parser, batches, claim, collate, in_range, open_source, run_script,
+from datasets import (Bar, InputError, Parser, batches, claim, collate, derive_seed, in_range, open_source, run_script,
                       write_whole)
 from frontend import SAMPLE_RATE, LogMel, frame_count, padding_mask
 from wav2vec2 import (COMMON, SIZES, SUMS, Wav2Vec2, collapse_warning, load_checkpoint, load_weights, span_mask,
@@ -142,11 +142,6 @@ def init_distributed(args, checkpoint=None):
         if extremes.sum() != 0:
             raise InputError(f"{args.out}: not all processes find the same checkpoint there; machines must share --out")
     return device, rank, world, received
-
-
-def derive_seed(*numbers):
-    """A 63-bit seed from several numbers, unrelated to the seeds of their neighbours."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 def autocast(device, dtype):
@@ -400,12 +395,11 @@ def main():
         torch._foreach_mul_([p.grad for p in parameters], world / sums[1].clamp(min=1))
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         stopping, *figures, norm = torch.cat([sums, norm[None]]).tolist()               # waits for the device, once
-        if all(map(math.isfinite, (norm, *figures))):
+        finite = all(map(math.isfinite, (norm, *figures)))
+        if finite:
             optimizer.step()
             window = [total + x for total, x in zip(window, (1, norm, *figures), strict=True)]
-            skips_in_a_row = 0
-        else:
-            skipped, skips_in_a_row = skipped + 1, skips_in_a_row + 1
+        skipped, skips_in_a_row = skipped + (not finite), 0 if finite else skips_in_a_row + 1
         optimizer.zero_grad()
         if skips_in_a_row == MAX_CONSECUTIVE_SKIPS:
             raise InputError(f"loss or gradient not finite in {skips_in_a_row} updates in a row, now at {update + 1} "
