@@ -72,10 +72,15 @@ def linear_softmax(logits, padding_mask=None):
     log(sum of p^2) - log(sum of p (1 - p)), which has gradients however large the logits are.
     (B, L, C), padding_mask (B, L) or None -> (B, C).
     """
+    return torch.sub(*linear_softmax_sums(logits, padding_mask))
+
+
+def linear_softmax_sums(logits, padding_mask=None):
+    """The logarithms of the two sums of `linear_softmax` over time: (B, L, C) -> two (B, C)."""
     log_p, log_not_p = F.logsigmoid(logits.float()), F.logsigmoid(-logits.float())
     if padding_mask is not None:
         log_p = log_p.masked_fill(padding_mask[:, :, None], -torch.inf)
-    return (2 * log_p).logsumexp(1) - (log_p + log_not_p).logsumexp(1)
+    return (2 * log_p).logsumexp(1), (log_p + log_not_p).logsumexp(1)
 
 
 def mean_over_time(x, padding_mask=None):
@@ -633,29 +638,45 @@ def embed_windows(path, model, frontend, layer=None, window=60.0):
         yield encoder.encode(frontend(waveform[None]), layer=layer)[0][0]
 
 
+def stats_of_windows(windows):
+    """Mean and standard deviation over time (2 D,) of windows (L, D), of which only one is in memory at a time."""
+    count = total = squares = 0
+    for x in windows:
+        count, total, squares = count + len(x), total + x.double().sum(0), squares + x.double().square().sum(0)
+    mean = total / count
+    return torch.cat([mean, (squares / count - mean.square()).clamp(min=0).sqrt()]).float()
+
+
 def embed(path, model, frontend, layer=None, frames=False):
     """The embedding of a recording by conformer block `layer` (None: the middle one): its mean and standard deviation
     over time (2 D,), or with `frames` all of it (L, D), 12.5 a second at R = 4."""
     encoder = getattr(model, "encoder", model)
-    x = torch.cat(list(embed_windows(path, model, frontend, layer or (encoder.settings["blocks"] + 1) // 2)))
-    return (x if frames else torch.cat([x.mean(0), x.std(0, correction=0)])).cpu().numpy()
+    windows = embed_windows(path, model, frontend, layer or (encoder.settings["blocks"] + 1) // 2)
+    return (torch.cat(list(windows)) if frames else stats_of_windows(windows)).cpu().numpy()
 
 
 @torch.no_grad()
 def tag(path, model, frontend, classes, threshold=0.5):
     """What is heard in a recording: {class: probability}, the most probable first, and, if the head gives
     frame probabilities, the events: (onset, offset, class) in seconds, where they exceed `threshold`."""
-    x = torch.cat(list(embed_windows(path, model, frontend)))[None]
-    logits, events = model.pool(x), None
+    windows, events = embed_windows(path, model, frontend), None
     if model.head == "frames":
-        frames, events = model.classify(x).sigmoid(), []
         step = model.encoder.settings["stack"] * HOP / SAMPLE_RATE          # seconds of a latent
-        sounding = F.pad((frames[0] > threshold).int(), (0, 0, 1, 1)).diff(dim=0).cpu()   # (L + 1, C)
-        for c, name in enumerate(classes):
-            onsets, offsets = (sounding[:, c] == 1).nonzero(), (sounding[:, c] == -1).nonzero()
-            events += [(round(int(on) * step, 2), round(int(off) * step, 2), name)
-                       for on, off in zip(onsets, offsets, strict=True)]
-        events.sort()
+        sums, changes, steps, before = [], [], 0, torch.zeros(1, len(classes), device=frontend.mean.device)
+        for x in windows:
+            frames = model.classify(x[None])                                # (1, L, C)
+            sums.append(linear_softmax_sums(frames))
+            sounding = torch.cat([before, (frames[0].sigmoid() > threshold).float()])
+            changes += [(c, steps + t) for t, c in sounding.diff(dim=0).nonzero().tolist()]
+            before, steps = sounding[-1:], steps + len(x)
+        changes += [(c, steps) for c in before[0].nonzero()[:, 0].tolist()]
+        changes.sort()
+        events = sorted((round(onset * step, 2), round(offset * step, 2), classes[c])
+                        for (c, onset), (_, offset) in zip(changes[::2], changes[1::2], strict=True))
+        logits = torch.sub(*(torch.stack(terms).logsumexp(0) for terms in zip(*sums, strict=True)))
+    else:
+        stats = stats_of_windows(windows)
+        logits = model.classify(stats[None, None, :model.linear.in_features])[0]
     probabilities = (logits.softmax(1) if model.single_label else logits.sigmoid())[0]
     order = probabilities.argsort(descending=True).tolist()
     return {classes[c]: round(probabilities[c].item(), 4) for c in order}, events

@@ -1135,8 +1135,10 @@ def test_a_folder_has_one_writer(tmp_path, call):
                              "print(flush=True); sys.stdin.read()", tmp_path / "out"], cwd=HERE, stdin=subprocess.PIPE,
                             stdout=subprocess.PIPE)
     held.stdout.readline()
+    table = write_table(tmp_path, "1.wav,a,train", "2.wav,b,test")
     for command in (["datasets.py", "pack", tmp_path / "in", tmp_path / "out"],
-                    ["pretrain.py", *SMALL_OPTIONS, "--updates", 1, "--batch-size", 1, "--out", tmp_path / "out"]):
+                    ["pretrain.py", *SMALL_OPTIONS, "--updates", 1, "--batch-size", 1, "--out", tmp_path / "out"],
+                    ["finetune.py", "--data", "csv", "--root", table, "--updates", 1, "--out", tmp_path / "out"]):
         assert "another process is writing there" in call(*command, code=2)
     held.kill()                                                 # which releases it
     held.communicate()
@@ -2435,6 +2437,25 @@ def test_predict_says_what_the_model_says(finetuned, tmp_path, call):
     assert f"{onset:.2f} to" in printed and f"{offset:.2f} s  {name}" in printed
     model.single_label = True                                   # as `load` makes a model of --loss ce
     assert sum(finetune.tag(sounds[1], model, frontend, classes)[0].values()) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("head", ["mean", "stats", "frames"])
+def test_a_long_recording_is_tagged_as_a_whole(tmp_path, head):
+    """Though only a minute of it is in memory at a time; events may go on from one minute into the next."""
+    write_wav(tmp_path / "a.wav", 70)
+    model, front, classes = finetune.Classifier(Wav2Vec2("tiny", **SMALL), 3, head).eval(), LogMel(), list("abc")
+    x = torch.cat(list(finetune.embed_windows(tmp_path / "a.wav", model, front)))[None]
+    with torch.no_grad():
+        expected, heard = model.pool(x).sigmoid()[0], model.classify(x)[0].sigmoid() if head == "frames" else None
+    threshold = heard.median().item() if head == "frames" else 0.5
+    probabilities, events = finetune.tag(tmp_path / "a.wav", model, front, classes, threshold)
+    assert [probabilities[name] for name in classes] == pytest.approx(expected.tolist(), abs=1e-3)
+    if head == "frames":
+        rebuilt = torch.zeros(heard.shape, dtype=torch.bool)
+        for onset, offset, name in events:
+            rebuilt[round(onset / 0.08):round(offset / 0.08), classes.index(name)] = True
+        assert torch.equal(rebuilt, heard > threshold) and any(on < 60 < off for on, off, _ in events)
+        assert events == sorted(events)
 
 
 def test_embeddings_of_any_run(finetuned, pretrained, tmp_path, call):
