@@ -4,6 +4,7 @@ Every formula is compared with numpy or plain Python that says what it means. Th
 temporary folders: as a user runs them where processes, signals and kills matter, else within the tests' process.
 """
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -30,7 +31,7 @@ import finetune
 import metrics
 import pretrain
 import wav2vec2
-from conformer import BatchNorm, ConformerBlock, Dropout, SelfAttention
+from conformer import BatchNorm, ConformerBlock, Dropout, SelfAttention, depthwise
 from datasets import InputError
 from frontend import LogMel, padding_mask, resample
 from metrics import accuracy, mean_average_precision
@@ -276,6 +277,32 @@ def test_block_is_the_definition():
     y = y + 0.5 * feed_forward(y, "feed_forward2")
     got = block(torch.tensor(x, dtype=torch.float32)[None])[0].detach().numpy()
     np.testing.assert_allclose(got, layer_norm(y, "norm"), atol=1e-4)
+
+
+def sum_of_shifts(x, weight, bias):
+    L, K = x.shape[1], weight.shape[3]
+    padded = torch.nn.functional.pad(x, (0, 0, K // 2, K // 2))
+    return sum(padded[:, k:k + L] * weight[:, 0, 0, k] for k in range(K)) + bias
+
+
+def toeplitz_product(x, weight, bias):
+    L, K = x.shape[1], weight.shape[3]
+    band = torch.nn.functional.pad(weight.flatten(1), (L - 1 - K // 2, L - 1 - K // 2)).unfold(1, L, 1).flip(1)
+    return (band @ x.permute(2, 1, 0)).permute(2, 1, 0) + bias          # (D, L, L) @ (D, L, B)
+
+
+@pytest.mark.parametrize("way", [
+    functools.partial(depthwise, channels_first=False), functools.partial(depthwise, channels_first=True),
+    sum_of_shifts, toeplitz_product])
+def test_ways_to_convolve_by_channel_are_the_definition(way):
+    """Both that are used, on a CPU and on CUDA, and two more to try there."""
+    x, weight, bias = (torch.randn(*shape, dtype=torch.float64) for shape in ((2, 20, 6), (6, 1, 1, 7), (6,)))
+    expected = bias.repeat(2, 20, 1)
+    for t in range(20):
+        for k in range(7):
+            if 0 <= t + k - 3 < 20:
+                expected[:, t] += x[:, t + k - 3] * weight[:, 0, 0, k]
+    torch.testing.assert_close(way(x, weight, bias), expected, atol=1e-13, rtol=0)
 
 
 @pytest.mark.parametrize("norm", ["group", "batch"])
