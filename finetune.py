@@ -34,8 +34,8 @@ import augment
 import metrics
 from conformer import BatchNorm, Dropout
 from datasets import (READERS, Bar, InputError, Parser, batches, claim, collate, derive_seed, download_esc50, in_range,
-                      load_labelled, open_audio, read_audio, reading, run_script)
-from frontend import HOP, SAMPLE_RATE, LogMel, frame_count, padding_mask
+                      load_labelled, open_audio, read_audio, reading, run_script, write_whole)
+from frontend import HOP, MELS, SAMPLE_RATE, LogMel, frame_count, padding_mask
 from pretrain import MAX_CONSECUTIVE_SKIPS, autocast, finish, init_distributed, parse_run, save_checkpoint
 from wav2vec2 import SIZES, Wav2Vec2, load_checkpoint, load_encoder, load_weights
 
@@ -148,6 +148,10 @@ class Classifier(nn.Module):
         """log_mel (B, T, 64), padding_mask (B, T) or None -> logits (B, C), float32."""
         return self.pool(*self.encoder.encode(log_mel, padding_mask))
 
+    def probabilities(self, logits):
+        """Of each class (B, C)."""
+        return logits.softmax(1) if self.single_label else logits.sigmoid()
+
 
 def three_stage_lr(update, updates, peak, shares=(0.3, 0.3, 0.4)):
     """Learning rate of Sec. 4.3: a linear warm-up from a hundredth of the peak, a hold, and an exponential decay to
@@ -252,6 +256,10 @@ def parse(argv=None):
                        "one finds more events, and more that are none (%(default)s)")
     group.add_argument("--json", action="store_true", help="with --predict: a line of JSON for each recording, with "
                        "all classes")
+    group.add_argument("--tsv", metavar="FILE", help="with --predict: write the events of all recordings as DCASE has "
+                       "them, tab-separated: filename, onset, offset (in seconds), event_label")
+    group.add_argument("--plot", metavar="FILE", help="with --predict of one recording: a picture (.png, .svg, .pdf) "
+                       "of its log-mels, and of when the five most probable classes are heard")
 
     group = parser.add_argument_group("data")
     group.add_argument("--data", choices=READERS, default="synth", help="the labelled set: synth is made on the fly; "
@@ -310,6 +318,8 @@ def parse(argv=None):
         if args.predict or args.embed:
             if args.embed and not args.out:
                 raise InputError("--embed needs --out, the .npy file to write")
+            if args.plot and len(args.predict or ()) != 1:
+                raise InputError("--plot is of one recording: give --predict one")
             args.init, args.batch_size = args.init or "runs/finetune", 1
             return args
         if args.resume and not args.out:
@@ -650,8 +660,7 @@ def stats_of_windows(windows):
 def embed(path, model, frontend, layer=None, frames=False):
     """The embedding of a recording by conformer block `layer` (None: the middle one): its mean and standard deviation
     over time (2 D,), or with `frames` all of it (L, D), 12.5 a second at R = 4."""
-    encoder = getattr(model, "encoder", model)
-    windows = embed_windows(path, model, frontend, layer or (encoder.settings["blocks"] + 1) // 2)
+    windows = embed_windows(path, model, frontend, layer or getattr(model, "encoder", model).middle)
     return (torch.cat(list(windows)) if frames else stats_of_windows(windows)).cpu().numpy()
 
 
@@ -677,7 +686,7 @@ def tag(path, model, frontend, classes, threshold=0.5):
     else:
         stats = stats_of_windows(windows)
         logits = model.classify(stats[None, None, :model.linear.in_features])[0]
-    probabilities = (logits.softmax(1) if model.single_label else logits.sigmoid())[0]
+    probabilities = model.probabilities(logits)[0]
     order = probabilities.argsort(descending=True).tolist()
     return {classes[c]: round(probabilities[c].item(), 4) for c in order}, events
 
@@ -691,6 +700,36 @@ def print_prediction(sound, probabilities, events, as_json):
         print(f"{onset:8.2f} to {offset:7.2f} s  {name}")
 
 
+@torch.no_grad()
+def plot_prediction(out, sound, model, frontend, classes, probabilities, events):
+    """Draw what `tag` returns: log-mels, below them the probabilities of the five most probable classes over time (at
+    each step or, for heads without, each second) and the events as frames. Raises InputError where it can't."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("--plot needs another package: pip install matplotlib") from None
+    waveform, top = read_audio(sound), list(probabilities)[:5]
+    x = torch.cat(list(embed_windows(sound, model, frontend)))
+    steps = 1 if model.head == "frames" else min(len(x), 12)
+    rows = model.probabilities(model.pool(x[:len(x) // steps * steps].unflatten(0, (-1, steps)))).cpu().numpy()
+    seconds, figure = len(waveform) / SAMPLE_RATE, Figure((9, 5), layout="constrained")
+    above, below = figure.subplots(2, sharex=True)
+    log_mel = frontend(torch.from_numpy(waveform)[None].to(x.device))[0].cpu().numpy()
+    above.imshow(log_mel.T, origin="lower", aspect="auto", extent=(0, seconds, 0, MELS), cmap="magma", vmin=-3, vmax=3)
+    above.set(title=Path(sound).name, ylabel="mel band")
+    image = below.imshow(rows[:, [classes.index(name) for name in top]].T, aspect="auto", vmin=0, vmax=1, cmap="Blues",
+                         interpolation="nearest", extent=(0, seconds, len(top) - 0.5, -0.5))
+    below.set(xlabel="seconds", yticks=range(len(top)), yticklabels=[f"{c}  {probabilities[c]:.2f}" for c in top])
+    figure.colorbar(image, ax=below, label="probability")
+    for onset, offset, name in events or ():
+        if name in top:
+            below.broken_barh([(onset, offset - onset)], (top.index(name) - 0.45, 0.9), fc="none", ec="tab:red", lw=0.8)
+    try:
+        figure.savefig(out, dpi=120)
+    except (ValueError, OSError) as error:
+        raise InputError(f"--plot {out}: can't be written ({error})") from None
+
+
 def run_inference(args):
     """--predict and --embed. Raises InputError at the end for recordings that can't be read."""
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -699,19 +738,28 @@ def run_inference(args):
     model, frontend, classes = load(args.init, device)
     if args.predict and not classes:
         raise InputError(f"{args.init}: is pre-trained only and knows no classes: fine-tune it first")
-    if args.embed and Path(args.out).exists():
-        raise InputError(f"{args.out}: exists already; name a new file")
+    for file in filter(None, (args.out if args.embed else None, args.tsv, args.plot)):
+        if Path(file).exists():
+            raise InputError(f"{file}: exists already; name a new file")
     if args.embed and (args.layer or 1) > getattr(model, "encoder", model).settings["blocks"]:
         raise InputError(f"--layer {args.layer}: the model has fewer conformer blocks")
-    embeddings, errors = {}, []
+    if args.tsv and model.head != "frames":
+        raise InputError(f"--tsv: {args.init} tells no events; fine-tune with --head frames")
+    embeddings, errors, rows = {}, [], ["filename\tonset\toffset\tevent_label\n"]
     for n, sound in enumerate(args.predict or args.embed):
         try:
             if args.predict:
-                print_prediction(sound, *tag(sound, model, frontend, classes, args.threshold), args.json)
+                probabilities, events = tag(sound, model, frontend, classes, args.threshold)
+                print_prediction(sound, probabilities, events, args.json)
+                rows += [f"{sound}\t{onset:.2f}\t{offset:.2f}\t{name}\n" for onset, offset, name in events or ()]
+                if args.plot:
+                    plot_prediction(args.plot, sound, model, frontend, classes, probabilities, events)
             else:
                 embeddings[n, sound] = embed(sound, model, frontend, args.layer, args.frames)
         except InputError as error:
             errors.append(str(error))
+    if args.tsv:
+        write_whole(args.tsv, "".join(rows))
     if embeddings:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         with open(args.out, "wb") as file:
@@ -722,6 +770,31 @@ def run_inference(args):
         print(f"{args.out}: {'(L, D)' if args.frames else 'a row'} for each of {len(embeddings)} sounds")
     if errors:
         raise InputError("; ".join(errors))
+
+
+# ------------------------------------------------------------------- the HEAR 2021 interface (neuralaudio.ai/hear2021)
+
+
+def load_model(model_file_path="runs/pretrain"):
+    """HEAR: the encoder of a run, see `load`, and what HEAR must know of it. Raises InputError as `load`."""
+    model, frontend, _ = load(model_file_path)
+    model = getattr(model, "encoder", model)
+    model.frontend, model.sample_rate = frontend, SAMPLE_RATE
+    model.timestamp_embedding_size, model.scene_embedding_size = model.settings["dim"], 2 * model.settings["dim"]
+    return model
+
+
+@torch.no_grad()
+def get_timestamp_embeddings(audio, model):
+    """HEAR: audio (B, S) in [-1, 1] -> embeddings (B, L, D) by the middle block, and the time of each in ms (B, L)."""
+    x, _ = model.encode(model.frontend(audio), layer=model.middle)
+    step = 1000 * model.settings["stack"] * HOP / SAMPLE_RATE
+    return x, ((torch.arange(x.shape[1], device=x.device) + 0.5) * step).expand(len(x), -1)
+
+
+def get_scene_embeddings(audio, model):
+    """HEAR: audio (B, S) -> mean and standard deviation of these over time (B, 2 D)."""
+    return stats_over_time(get_timestamp_embeddings(audio, model)[0])
 
 
 if __name__ == "__main__":

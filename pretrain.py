@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -300,8 +301,25 @@ def profiled(loader, out, rank):
 
 
 @torch.no_grad()
-def held_out_figures(model, frontend, source, args, device):
-    """Loss and accuracy on crops of recordings that are never trained on, with the same masks each time."""
+def draw(board, update, model, frontend, source, device):
+    """TensorBoard's pictures of one held-out crop: its log-mels, masked spans in blue; and the cosine of each context
+    (a row) with each masked latent (a column): the right answers lie on the diagonal."""
+    crop = max((source.crop(i, np.random.default_rng(i)) for i in range(min(len(source), 16))), key=len)
+    log_mel = frontend(torch.from_numpy(crop)[None].to(device))
+    rand = torch.rand(model.rand_shape(*log_mel.shape[:2])[:2], generator=torch.Generator().manual_seed(0)).to(device)
+    mask, _, context, targets, valid = model.predict_masked(log_mel, None, rand)
+    hidden = mask[0].repeat_interleave(model.settings["stack"])[:log_mel.shape[1]]
+    grey = (log_mel[0].T.flip(0) / 6 + 0.5).clamp(0, 1)                     # (64, T), black at 3 deviations below
+    cosine = F.normalize(context[0, valid[0]], dim=1) @ F.normalize(targets[0, valid[0]], dim=1).T          # (M, M)
+    for name, image in (("masked log-mels", torch.stack([grey, grey, torch.where(hidden, 1, grey)])),
+                        ("context against latents", (cosine + 1)[None] / 2)):
+        board.add_image(name, image.repeat_interleave(4, 1).repeat_interleave(4, 2), update)
+
+
+@torch.no_grad()
+def held_out_figures(model, frontend, source, args, device, board=None, update=None):
+    """Loss and accuracy on crops of recordings that are never trained on, with the same masks each time. A TensorBoard
+    gets its pictures."""
     numbers, sums = np.linspace(0, len(source) - 1, min(len(source), 128)).astype(int), torch.zeros(len(SUMS))
     model.eval()
     for i in range(0, len(numbers), 16):
@@ -311,6 +329,8 @@ def held_out_figures(model, frontend, source, args, device):
         rand = torch.rand(model.rand_shape(*log_mel.shape[:2]), generator=torch.Generator().manual_seed(i)).to(device)
         with autocast(device, args.dtype):
             sums += model(log_mel, padding_mask(lengths, log_mel), rand).sums.cpu()
+    if board:
+        draw(board, update, model, frontend, source, device)
     model.train()
     figures = summarize(sums.tolist())
     return {f"held_out_{name}": figures[name] for name in ("loss", "accuracy")}
@@ -413,7 +433,7 @@ def main():
                 log.write_training(done, window, lr=group["lr"], skipped=skipped)
                 window = [0.0] * len(window)
             if due and len(held_out):
-                log.write(done, **held_out_figures(model, frontend, held_out, args, device))
+                log.write(done, **held_out_figures(model, frontend, held_out, args, device, log.board, done))
             if due or stopping:
                 save_checkpoint(out / "checkpoint.pt", model, update=done, frontend=frontend.state_dict(),
                                 optimizer=optimizer.state_dict(), skipped=skipped, window=window, script="pretrain.py",

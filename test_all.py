@@ -6,6 +6,7 @@ temporary folders: as a user runs them where processes, signals and kills matter
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -280,14 +281,14 @@ def test_block_is_the_definition():
 
 
 def sum_of_shifts(x, weight, bias):
-    L, K = x.shape[1], weight.shape[3]
+    L, K = x.shape[1], weight.shape[1]
     padded = torch.nn.functional.pad(x, (0, 0, K // 2, K // 2))
-    return sum(padded[:, k:k + L] * weight[:, 0, 0, k] for k in range(K)) + bias
+    return sum(padded[:, k:k + L] * weight[:, k] for k in range(K)) + bias
 
 
 def toeplitz_product(x, weight, bias):
-    L, K = x.shape[1], weight.shape[3]
-    band = torch.nn.functional.pad(weight.flatten(1), (L - 1 - K // 2, L - 1 - K // 2)).unfold(1, L, 1).flip(1)
+    L, K = x.shape[1], weight.shape[1]
+    band = torch.nn.functional.pad(weight, (L - 1 - K // 2, L - 1 - K // 2)).unfold(1, L, 1).flip(1)
     return (band @ x.permute(2, 1, 0)).permute(2, 1, 0) + bias          # (D, L, L) @ (D, L, B)
 
 
@@ -296,12 +297,12 @@ def toeplitz_product(x, weight, bias):
     sum_of_shifts, toeplitz_product])
 def test_ways_to_convolve_by_channel_are_the_definition(way):
     """Both that are used, on a CPU and on CUDA, and two more to try there."""
-    x, weight, bias = (torch.randn(*shape, dtype=torch.float64) for shape in ((2, 20, 6), (6, 1, 1, 7), (6,)))
+    x, weight, bias = (torch.randn(*shape, dtype=torch.float64) for shape in ((2, 20, 6), (6, 7), (6,)))
     expected = bias.repeat(2, 20, 1)
     for t in range(20):
         for k in range(7):
             if 0 <= t + k - 3 < 20:
-                expected[:, t] += x[:, t + k - 3] * weight[:, 0, 0, k]
+                expected[:, t] += x[:, t + k - 3] * weight[:, k]
     torch.testing.assert_close(way(x, weight, bias), expected, atol=1e-13, rtol=0)
 
 
@@ -2185,8 +2186,9 @@ def test_tensorboard_draws_the_log_or_is_asked_for_in_a_line(pretrained, tmp_pat
     options = ["pretrain.py", *pretrained[0], "--out", tmp_path / "run", "--tensorboard"]
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert "pip install tensorboard" in call(*options, code=2)
-    drawn = []
+    drawn, pictures = [], []
     writer = types.SimpleNamespace(add_scalar=lambda name, value, update: drawn.append((update, name, value)),
+                                   add_image=lambda name, image, update: pictures.append((name, image, update)),
                                    flush=lambda: drawn.append("flushed"))
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=lambda out: writer))
     call(*options)
@@ -2195,6 +2197,13 @@ def test_tensorboard_draws_the_log_or_is_asked_for_in_a_line(pretrained, tmp_pat
         update, *figures = json.loads(line).items()
         expected += [(update[1], *figure) for figure in figures] + ["flushed"]
     assert drawn == expected and len(drawn) > 30
+    (name, image, update), (other, cosine, _) = pictures                # of the one checkpoint
+    assert (name, other, update) == ("masked log-mels", "context against latents", 6)
+    latents, blue = image.shape[2] // 16, (image[2] == 1).all(0)        # four frames, each drawn four times as large
+    masked = max(round(0.3 * latents), 4)
+    assert blue.sum() == 16 * masked and cosine.shape == (1, 4 * masked, 4 * masked)
+    assert image[:, :, ~blue].std(0).max() == 0                         # grey
+    assert 0 <= cosine.min() < cosine.max() <= 1
 
 
 def test_profile_prints_where_the_time_goes(pretrained, tmp_path, call):
@@ -2511,6 +2520,49 @@ def test_embeddings_of_any_run(finetuned, pretrained, tmp_path, call):
             np.testing.assert_allclose(frames[str(sounds[1])], torch.cat([first, second]), atol=1e-4)
             for row, x in zip(clips, (short, torch.cat([first, second])), strict=False):
                 np.testing.assert_allclose(row, torch.cat([x.mean(0), x.std(0, correction=0)]), atol=1e-4)
+
+
+def test_events_are_written_as_dcase_has_them(finetuned, tmp_path, call):
+    for name in ("a.wav", "b.wav"):
+        write_wav(tmp_path / name, 2, frequency=900)
+    options = ["finetune.py", "--predict", tmp_path / "a.wav", tmp_path / "b.wav", "--init", finetuned, "--threshold",
+               0.3, "--tsv", tmp_path / "events.tsv"]
+    printed = call(*options, "--json")
+    expected = ["filename\tonset\toffset\tevent_label"]
+    for line in map(json.loads, printed.splitlines()):
+        expected += [f"{line['file']}\t{onset:.2f}\t{offset:.2f}\t{name}" for onset, offset, name in line["events"]]
+    assert (tmp_path / "events.tsv").read_text().splitlines() == expected and len(expected) > 2
+    assert "exists already" in call(*options, code=2)
+
+
+def test_a_prediction_is_drawn_or_what_is_missing_said(finetuned, tmp_path, monkeypatch, call):
+    write_wav(tmp_path / "a.wav", 2)
+    options = ["finetune.py", "--predict", tmp_path / "a.wav", "--init", finetuned, "--plot"]
+    if importlib.util.find_spec("matplotlib"):
+        for ending, start in (("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")):
+            call(*options, tmp_path / f"a.{ending}")
+            assert (tmp_path / f"a.{ending}").read_bytes().startswith(start)
+        assert "can't be written" in call(*options, tmp_path / "a.nothing", code=2)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "pip install matplotlib" in call(*options, tmp_path / "b.png", code=2)
+    assert "of one recording" in call(*options, tmp_path / "b.png", "--predict", "a.wav", "b.wav", code=2)
+
+
+@pytest.mark.parametrize("run", ["pretrained", "finetuned"])
+def test_a_run_has_the_hear_interface(run, request, tmp_path):
+    """As HEAR 2021 defines it; the embeddings are those of --embed."""
+    folder = request.getfixturevalue(run)
+    model = finetune.load_model(str(folder[1] if run == "pretrained" else folder))
+    assert isinstance(model, torch.nn.Module) and model.sample_rate == 16_000 and not model.training
+    assert (model.timestamp_embedding_size, model.scene_embedding_size) == (16, 32)
+    audio = 0.5 * torch.randn(3, 24_000).clamp(-1, 1)
+    scenes, (x, times) = finetune.get_scene_embeddings(audio, model), finetune.get_timestamp_embeddings(audio, model)
+    assert scenes.shape == (3, 32) and x.shape == (3, 19, 16) and x.dtype == scenes.dtype == torch.float32
+    assert not x.requires_grad and torch.equal(times, (80 * torch.arange(19) + 40.0).expand(3, -1))
+    soundfile.write(tmp_path / "a.wav", audio[1].numpy(), 16_000, subtype="FLOAT")
+    inner, frontend, _ = finetune.load(folder[1] if run == "pretrained" else folder)
+    torch.testing.assert_close(scenes[1], torch.tensor(finetune.embed(tmp_path / "a.wav", inner, frontend)), atol=1e-4,
+                               rtol=1e-3)
 
 
 def test_one_bad_recording_does_not_cost_the_others(finetuned, tmp_path, call):

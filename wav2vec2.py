@@ -227,6 +227,7 @@ class Wav2Vec2(nn.Module):
         self.conformer = Conformer(s["dim"], s["blocks"], s["heads"], s["ffn_dim"],
                                    s["first_kernel"], s["kernel"], s["dropout"], s["norm"])
         self.output_proj = nn.Linear(s["dim"], s["latent_dim"])
+        self.middle = (s["blocks"] + 1) // 2        # the block whose embeddings tell sounds apart best
 
     def encode(self, log_mel, padding_mask=None, layer=None):
         """Embeddings for fine-tuning: log_mel (B, T, 64), padding_mask (B, T) or None -> the output (B, L, D)
@@ -246,27 +247,37 @@ class Wav2Vec2(nn.Module):
         weights = sum(p.numel() for p in self.parameters())
         return 6 * weights * L + 12 * self.settings["blocks"] * self.settings["dim"] * L**2
 
+    def predict_masked(self, log_mel, padding_mask, rand):
+        """Fig. 1c: mask some latents, and predict them from the others.
+
+        log_mel (B, T, 64), padding_mask (B, T) or None, rand (B, L) for `span_mask` -> the mask (B, L), the padding
+        mask (B, L) or None and, at the masked steps, context and targets (B, M, E), and valid (B, M), see
+        `masked_steps`.
+        """
+        prob, length = self.settings["mask_prob"], self.settings["mask_length"]
+        z, padding_mask = self.features(log_mel, padding_mask)                          # (B, L, E)
+        mask = span_mask(rand, prob, length, padding_mask)                              # (B, L)
+        masked_z = torch.where(mask[:, :, None], self.mask_embedding.to(z.dtype), z)
+        context = self.conformer(self.input_proj(masked_z), padding_mask)               # (B, L, D)
+
+        # The loss looks at the masked steps only. Targets come from z, not from masked_z.
+        steps, valid = masked_steps(mask, prob, length)                                 # (B, M)
+        index = steps[:, :, None]
+        targets = z.gather(1, index.expand(-1, -1, z.shape[2]))                         # (B, M, E)
+        context = self.output_proj(context.gather(1, index.expand(-1, -1, context.shape[2])))
+        return mask, padding_mask, context, targets, valid
+
     def forward(self, log_mel, padding_mask=None, rand=None):
         """Pre-training: log_mel (B, T, 64), padding_mask (B, T) or None -> `PretrainOutput`.
 
         rand (`rand_shape`), uniform in [0, 1), decides on masks and distractors and nothing else does; drawn
         here where it is not given.
         """
-        s = self.settings
         if rand is None:
             rand = torch.rand(self.rand_shape(*log_mel.shape[:2]), device=log_mel.device)
-        z, padding_mask = self.features(log_mel, padding_mask)                          # (B, L, E)
-        mask = span_mask(rand[:, :, 0], s["mask_prob"], s["mask_length"], padding_mask)  # (B, L)
-        masked_z = torch.where(mask[:, :, None], self.mask_embedding.to(z.dtype), z)
-        context = self.conformer(self.input_proj(masked_z), padding_mask)               # (B, L, D)
-
-        # The loss looks at the masked steps only. Targets come from z, not from masked_z.
-        steps, valid = masked_steps(mask, s["mask_prob"], s["mask_length"])             # (B, M)
-        index = steps[:, :, None]
-        targets = z.gather(1, index.expand(-1, -1, z.shape[2]))                         # (B, M, E)
-        context = self.output_proj(context.gather(1, index.expand(-1, -1, context.shape[2])))
-        distractors = sample_distractors(rand[:, :steps.shape[1], 1:], valid)           # (B, M, K)
-        loss, at = contrastive_loss(context, targets, distractors, valid, s["temperature"])
+        mask, padding_mask, context, targets, valid = self.predict_masked(log_mel, padding_mask, rand[:, :, 0])
+        distractors = sample_distractors(rand[:, :valid.shape[1], 1:], valid)           # (B, M, K)
+        loss, at = contrastive_loss(context, targets, distractors, valid, self.settings["temperature"])
 
         with torch.no_grad():
             count, masked = at["counts"].sum(), valid.sum()
