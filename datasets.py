@@ -171,6 +171,12 @@ def write_whole(path, content):
     os.replace(part, path)
 
 
+def write_events(path, events):
+    """A table of events (file name, onset, offset in seconds, class) in DCASE's format."""
+    rows = [f"{name}\t{onset:.2f}\t{offset:.2f}\t{label}\n" for name, onset, offset, label in events]
+    write_whole(path, "".join(["filename\tonset\toffset\tevent_label\n", *rows]))
+
+
 # -------------------------------------------------------------------------------------- reading recordings
 
 
@@ -1241,10 +1247,13 @@ def main():
         if Path(args.out).exists():
             raise InputError(f"{args.out}: exists already; name a new folder")
         Path(args.out).mkdir(parents=True)
-        for i in range(args.clips):
+        rows = []
+        for i in tqdm(range(args.clips), "synth", unit=" clips", leave=False, disable=None):
             waveform, events = synth_clip(i)
             soundfile.write(Path(args.out) / f"{i}.wav", waveform, SAMPLE_RATE)
-            print(f"{i}.wav", json.dumps(events))
+            rows += [(f"{i}.wav", onset, offset, name) for name, onset, offset in events]
+        write_events(Path(args.out) / "events.tsv", rows)
+        print(f"{args.clips} clips, and when what sounds in them (events.tsv), in {args.out}")
         return
     began, options = time.time(), dict(shard_hours=args.shard_hours, workers=args.workers)
     if args.data:

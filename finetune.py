@@ -34,7 +34,7 @@ import augment
 import metrics
 from conformer import BatchNorm, Dropout
 from datasets import (READERS, Bar, InputError, Parser, batches, claim, collate, derive_seed, download_esc50, in_range,
-                      load_labelled, open_audio, read_audio, reading, run_script, write_whole)
+                      load_labelled, open_audio, read_audio, reading, run_script, write_events)
 from frontend import HOP, MELS, SAMPLE_RATE, LogMel, frame_count, padding_mask
 from pretrain import MAX_CONSECUTIVE_SKIPS, autocast, finish, init_distributed, parse_run, save_checkpoint
 from wav2vec2 import SIZES, Wav2Vec2, load_checkpoint, load_encoder, load_weights
@@ -257,7 +257,7 @@ def parse(argv=None):
     group.add_argument("--json", action="store_true", help="with --predict: a line of JSON for each recording, with "
                        "all classes")
     group.add_argument("--tsv", metavar="FILE", help="with --predict: write the events of all recordings as DCASE has "
-                       "them, tab-separated: filename, onset, offset (in seconds), event_label")
+                       "them, tab-separated: filename (without folder), onset, offset (in seconds), event_label")
     group.add_argument("--plot", metavar="FILE", help="with --predict of one recording: a picture (.png, .svg, .pdf) "
                        "of its log-mels, and of when the five most probable classes are heard")
 
@@ -320,6 +320,8 @@ def parse(argv=None):
                 raise InputError("--embed needs --out, the .npy file to write")
             if args.plot and len(args.predict or ()) != 1:
                 raise InputError("--plot is of one recording: give --predict one")
+            if args.tsv and not args.predict:
+                raise InputError("--tsv is for --predict")
             args.init, args.batch_size = args.init or "runs/finetune", 1
             return args
         if args.resume and not args.out:
@@ -745,13 +747,15 @@ def run_inference(args):
         raise InputError(f"--layer {args.layer}: the model has fewer conformer blocks")
     if args.tsv and model.head != "frames":
         raise InputError(f"--tsv: {args.init} tells no events; fine-tune with --head frames")
-    embeddings, errors, rows = {}, [], ["filename\tonset\toffset\tevent_label\n"]
+    if args.tsv and len({Path(sound).name for sound in args.predict}) < len(args.predict):
+        raise InputError("--tsv has file names without folders: two of these sounds have the same")
+    embeddings, errors, rows = {}, [], []
     for n, sound in enumerate(args.predict or args.embed):
         try:
             if args.predict:
                 probabilities, events = tag(sound, model, frontend, classes, args.threshold)
                 print_prediction(sound, probabilities, events, args.json)
-                rows += [f"{sound}\t{onset:.2f}\t{offset:.2f}\t{name}\n" for onset, offset, name in events or ()]
+                rows += [(Path(sound).name, *event) for event in events or ()]
                 if args.plot:
                     plot_prediction(args.plot, sound, model, frontend, classes, probabilities, events)
             else:
@@ -759,7 +763,7 @@ def run_inference(args):
         except InputError as error:
             errors.append(str(error))
     if args.tsv:
-        write_whole(args.tsv, "".join(rows))
+        write_events(args.tsv, rows)
     if embeddings:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         with open(args.out, "wb") as file:

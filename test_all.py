@@ -1412,6 +1412,16 @@ def test_synth_events_are_where_they_are_said_to_be():
     assert np.mean(ratios) > 0.5
 
 
+def test_synth_writes_clips_and_their_events(tmp_path, call):
+    call("datasets.py", "synth", tmp_path / "out", "--clips", 2)
+    rows = [line.split("\t") for line in (tmp_path / "out" / "events.tsv").read_text().splitlines()]
+    assert rows[0] == ["filename", "onset", "offset", "event_label"]
+    clips = [datasets.synth_clip(i) for i in range(2)]
+    assert rows[1:] == [[f"{i}.wav", f"{onset:.2f}", f"{offset:.2f}", name] for i, (_, events) in enumerate(clips)
+                        for name, onset, offset in events]
+    assert np.array_equal(soundfile.read(tmp_path / "out" / "1.wav", dtype="int16")[0], clips[1][0])
+
+
 def test_synth_tones_have_their_frequency():
     spectrum = np.abs(np.fft.rfft(datasets._tone(np.full(16_000, 440.0), (1, 0.5))))
     assert spectrum.argmax() == 440 and spectrum[880] == pytest.approx(spectrum[440] / 2, rel=1e-3)
@@ -2529,10 +2539,11 @@ def test_events_are_written_as_dcase_has_them(finetuned, tmp_path, call):
                0.3, "--tsv", tmp_path / "events.tsv"]
     printed = call(*options, "--json")
     expected = ["filename\tonset\toffset\tevent_label"]
-    for line in map(json.loads, printed.splitlines()):
-        expected += [f"{line['file']}\t{onset:.2f}\t{offset:.2f}\t{name}" for onset, offset, name in line["events"]]
+    for sound, line in zip(("a.wav", "b.wav"), map(json.loads, printed.splitlines()), strict=True):
+        expected += [f"{sound}\t{onset:.2f}\t{offset:.2f}\t{name}" for onset, offset, name in line["events"]]
     assert (tmp_path / "events.tsv").read_text().splitlines() == expected and len(expected) > 2
     assert "exists already" in call(*options, code=2)
+    assert "same" in call(*options, "--predict", "x/a.wav", "y/a.wav", "--tsv", tmp_path / "b.tsv", code=2)
 
 
 def test_a_prediction_is_drawn_or_what_is_missing_said(finetuned, tmp_path, monkeypatch, call):
