@@ -326,10 +326,18 @@ def test_batch_norm_learns_from_no_padding():
     torch.testing.assert_close(norm.running_mean, 0.1 * x[~padding].mean(0))
 
 
-def test_attention_weights_are_dropped_in_training():
-    attention, x = SelfAttention(16, 4, 0.5), torch.randn(2, 9, 16)
-    attention.dropout.forward = lambda x: x                     # that of the output set aside
-    assert not torch.equal(attention(x), attention(x))
+@pytest.mark.parametrize("padding", [None, torch.arange(9) >= torch.tensor([9, 4])[:, None]])
+def test_attention_in_training_is_that_of_evaluation_with_weights_dropped(padding):
+    """On a CPU, training has code of its own."""
+    attention, x, dropped = SelfAttention(16, 4, 0.0), torch.randn(2, 9, 16), []
+    valid = slice(None) if padding is None else ~padding
+    torch.testing.assert_close(attention.train()(x, padding)[valid], attention.eval()(x, padding)[valid])
+    attention.dropout = Dropout(0.5)
+    attention.dropout.register_forward_hook(lambda module, inputs, output: dropped.append((inputs[0], output)))
+    attention.train()(x, padding)
+    weights, kept = dropped[0]
+    torch.testing.assert_close(weights.sum(3), torch.ones(2, 4, 9))
+    assert (weights[1, :, :, 4:] == 0).all() == (padding is not None) and 0.3 < (kept[0] == 0).float().mean() < 0.7
 
 
 def test_dropout_drops_its_share_in_training_only():
@@ -346,13 +354,13 @@ def test_dropout_drops_its_share_in_training_only():
 
 
 def test_block_drops_in_training_and_not_in_evaluation():
-    """Within and at the end of both feed-forward networks, at the end of convolution and attention."""
+    """Within and at the end of feed-forward networks, at the end of the convolution, on attention weights and after."""
     (block, x), dropped = (ConformerBlock(16, 4, 32, 7, 0.1), torch.randn(2, 9, 16)), []
     for module in block.modules():
         if isinstance(module, Dropout):
             assert module.p == 0.1
             module.register_forward_hook(lambda module, inputs, output: dropped.append(output.shape[2]))
-    assert not torch.equal(block(x), block(x)) and dropped == [32, 16, 16, 16, 32, 16] * 2
+    assert not torch.equal(block(x), block(x)) and dropped == [32, 16, 16, 9, 16, 32, 16] * 2
     block.eval()
     assert torch.equal(block(x), block(x))
 
