@@ -180,10 +180,9 @@ def write_events(path, events):
 # -------------------------------------------------------------------------------------- reading recordings
 
 
-# What libsndfile notes in its log about a file that ends early: by format, the size that the header
-# promises, or Ogg's missing last page. A size of 2 or 4 GiB stands for "unknown" in streamed files.
+# What libsndfile notes in its log about a file that is shorter than its header promises. A size of 2 or 4 GiB stands
+# for "unknown" in streamed files. (`check_ogg` tells of Ogg files.)
 PROMISED = re.compile(r"(?:data|SSND|Data Size|riff)\s*: (\d+) \(should be")
-NO_END = "lacks an end-of-stream bit"
 
 
 def open_audio(path):
@@ -202,7 +201,7 @@ def open_audio(path):
         raise InputError(f"{path}: its name is not valid UTF-8; rename it") from None
     if file.frames == 0:
         raise InputError(f"{path}: no sound in it (0 samples)")
-    if NO_END in file.extra_info or any(int(size) < 2**31 - 1 for size in PROMISED.findall(file.extra_info)):
+    if any(int(size) < 2**31 - 1 for size in PROMISED.findall(file.extra_info)):
         raise InputError(f"{path}: cut off before its end; get it again")
     if file.frames > 2**40:
         raise InputError(f"{path}: does not say how long it is; convert it to .wav first")

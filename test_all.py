@@ -1005,7 +1005,7 @@ def bad_files(folder):
     soundfile.write(folder / "rate.wav", np.ones(100), 7)
     return {"text.wav": "not readable", "nothing.wav": "not readable", "empty.wav": "no sound",
             "nan.wav": "not finite", "cut.wav": "cut off", "cut.flac": "not readable",
-            "cut.aiff": "cut off", "cut.ogg": "cut off", "rate.wav": "can't be right",
+            "cut.aiff": "cut off", "cut.ogg": "damaged", "rate.wav": "can't be right",
             "missing.wav": "no such file"}
 
 
