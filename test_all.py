@@ -2647,6 +2647,8 @@ class Evil:
     ("finetune.py", "--download", "--download"),
     ("finetune.py", "--predict a.wav --init EMPTY", "0 fine-tuned models"),
     ("finetune.py", "--embed a.wav", "--out"),
+    ("finetune.py", "--embed a.wav --out e.npy --tsv e.tsv", "--tsv is for --predict"),
+    ("finetune.py", "--predict a.wav b.wav --plot e.png", "of one recording"),
     ("finetune.py", "--embed a.wav --frames --out e.npy --init EMPTY", "npz"),
     ("finetune.py", "--data esc10 --head frames", "--loss ce"),
     ("finetune.py", "--freeze --micro-batch 1", "--freeze"),
