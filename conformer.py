@@ -63,6 +63,7 @@ class MaskedGroupNorm(nn.Module):
         x = x.masked_fill(padding_mask[:, :, None], 0)
         count = (~padding_mask).sum(1)[:, None, None] * x.shape[2]                  # (B, 1, 1)
         mean = x.sum((1, 2), keepdim=True, dtype=torch.float32) / count             # too large a sum for bf16
+        # The mean is a fraction of the deviation here, so that little cancels.
         variance = (x * x).sum((1, 2), keepdim=True, dtype=torch.float32) / count - mean.square()
         scale = torch.rsqrt(variance.clamp(min=0) + 1e-5) * self.weight             # (B, 1, D)
         return torch.addcmul((self.bias - mean * scale).to(x.dtype), x, scale.to(x.dtype))
@@ -108,7 +109,7 @@ class Convolution(nn.Module):
             raise ValueError(f"the kernel of a convolution must be odd, not {kernel}")
         self.norm = nn.LayerNorm(dim)
         self.pointwise1 = nn.Linear(dim, 2 * dim)
-        self.depthwise = nn.Conv2d(dim, dim, (1, kernel), groups=dim)       # its weights; see `depthwise`
+        self.depthwise = nn.Conv2d(dim, dim, (1, kernel), groups=dim)       # never called: `depthwise` has its weights
         self.depthwise_norm = {"group": MaskedGroupNorm, "batch": BatchNorm}[norm](dim)
         self.pointwise2 = nn.Linear(dim, dim)
         self.dropout = Dropout(dropout)
@@ -141,14 +142,15 @@ class SelfAttention(nn.Module):
     def forward(self, x, padding_mask=None):
         q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2)         # (B, H, L, D / H)
                    for part in self.query_key_value(self.norm(x)).chunk(3, dim=2))
-        attend = None if padding_mask is None else ~padding_mask[:, None, None, :]
-        if self.training and x.device.type == "cpu":        # where PyTorch's own is slow with dropout
-            weights = q @ (k.mT / math.sqrt(q.shape[3]))                        # (B, H, L, L)
-            if attend is not None:
-                weights = weights.masked_fill(~attend, -torch.inf)
+        hidden = None if padding_mask is None else padding_mask[:, None, None, :]
+        dropout = self.dropout.p if self.training else 0.0
+        if dropout and x.device.type == "cpu":          # where PyTorch's own attention is slow with dropout
+            weights = q @ k.mT / math.sqrt(q.shape[3])                          # (B, H, L, L)
+            if hidden is not None:
+                weights = weights.masked_fill(hidden, -torch.inf)
             x = self.dropout(weights.softmax(3)) @ v
         else:
-            x = F.scaled_dot_product_attention(q, k, v, attend, self.dropout.p if self.training else 0.0)
+            x = F.scaled_dot_product_attention(q, k, v, None if hidden is None else ~hidden, dropout)
         return self.dropout(self.output(x.transpose(1, 2).flatten(2)))
 
 

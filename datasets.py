@@ -123,6 +123,17 @@ def cores():
     return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
+def find_device(name=None, world=1):
+    """The device of this name, or the best there is; of several GPUs, the one of this process. Raises InputError where
+    there is none, or not for `world` processes."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available() and world == 1
+    name = name or ("cuda" if cuda else "mps" if mps else "cpu")
+    if not {"cuda": cuda, "mps": mps, "cpu": True}[name]:
+        raise InputError(f"--device {name}: this torch has none" + ", or not for several processes" * (world > 1)
+                         + "; leave --device out")
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+
+
 @contextlib.contextmanager
 def reading(path, remedy="get it again"):
     """Whatever goes wrong within, while a file is read, is an InputError in one line that names the file."""
@@ -156,7 +167,7 @@ def write_whole(path, content):
 
     content is text, or a function that writes into the open binary file.
     """
-    part = Path(path).with_suffix(".part")
+    part = Path(f"{path}.part")
     try:
         with open(part, "wb") as file:
             if callable(content):
@@ -172,9 +183,10 @@ def write_whole(path, content):
 
 
 def write_events(path, events):
-    """A table of events (file name, onset, offset in seconds, class) in DCASE's format."""
-    rows = [f"{name}\t{onset:.2f}\t{offset:.2f}\t{label}\n" for name, onset, offset, label in events]
-    write_whole(path, "".join(["filename\tonset\toffset\tevent_label\n", *rows]))
+    """A table of events (file name, onset, offset in seconds, class) in DCASE's format; blanks for tabs in names."""
+    rows = [("filename", "onset", "offset", "event_label")]
+    rows += [(name, f"{onset:.2f}", f"{offset:.2f}", label) for name, onset, offset, label in events]
+    write_whole(path, "".join("\t".join(" ".join(cell.split()) for cell in row) + "\n" for row in rows))
 
 
 # -------------------------------------------------------------------------------------- reading recordings
@@ -187,7 +199,7 @@ PROMISED = re.compile(r"(?:data|SSND|Data Size|riff)\s*: (\d+) \(should be")
 
 def open_audio(path):
     """A recording, opened with soundfile. Raises InputError if it is missing, not audio, empty or, as far as
-    its format tells, cut off."""
+    its header tells, cut off (Ogg's does not, see `check_ogg`)."""
     for wrong, fault in ((not os.path.lexists(path), "no such file"), (os.path.isdir(path), "is a folder"),
                          (not os.path.isfile(path), "is no regular file, or a link to nowhere"),
                          (not os.access(path, os.R_OK), "no permission to read it")):
@@ -227,6 +239,8 @@ def check_ogg(path):
         crc = zlib.crc32(page.translate(REVERSED), 2**32 - 1) ^ (2**32 - 1)
         if ended:
             raise InputError(f"{path}: goes on after its end: another stream, or junk; only the first would be read")
+        if at + max(size, 28) > len(content):
+            break
         if int(f"{crc:032b}"[::-1], 2).to_bytes(4, "little") != content[at + 22:at + 26] or (
                 number != int.from_bytes(content[at + 18:at + 22], "little")):
             raise InputError(f"{path}: damaged (page {number} of its Ogg stream); get it again")

@@ -9,6 +9,7 @@ ESC-50 or ESC-10, all five folds, from your own pre-training, with all labels an
 Several GPUs: `torchrun --nproc_per_node=8 finetune.py ...`. Then use the result:
     python finetune.py --predict dog.wav rain.mp3 --init runs/finetune
     python finetune.py --embed dog.wav rain.mp3 --init runs/finetune --out embeddings.npy
+    python finetune.py --predict dog.wav --init runs/finetune --plot dog.png --tsv events.tsv
 The run's folder has a model for each fold and fraction, and a line of JSON for each in results.jsonl.
 
 Shapes: B clips, S samples, T frames, L latents in time, D width, C classes.
@@ -33,8 +34,8 @@ from tqdm import tqdm
 import augment
 import metrics
 from conformer import BatchNorm, Dropout
-from datasets import (READERS, Bar, InputError, Parser, batches, claim, collate, derive_seed, download_esc50, in_range,
-                      load_labelled, open_audio, read_audio, reading, run_script, write_events)
+from datasets import (READERS, Bar, InputError, Parser, batches, claim, collate, derive_seed, download_esc50,
+                      find_device, in_range, load_labelled, open_audio, read_audio, reading, run_script, write_events)
 from frontend import HOP, MELS, SAMPLE_RATE, LogMel, frame_count, padding_mask
 from pretrain import MAX_CONSECUTIVE_SKIPS, autocast, finish, init_distributed, parse_run, save_checkpoint
 from wav2vec2 import SIZES, Wav2Vec2, load_checkpoint, load_encoder, load_weights
@@ -72,11 +73,12 @@ def linear_softmax(logits, padding_mask=None):
     log(sum of p^2) - log(sum of p (1 - p)), which has gradients however large the logits are.
     (B, L, C), padding_mask (B, L) or None -> (B, C).
     """
-    return torch.sub(*linear_softmax_sums(logits, padding_mask))
+    squares, rest = linear_softmax_sums(logits, padding_mask)
+    return squares - rest
 
 
 def linear_softmax_sums(logits, padding_mask=None):
-    """The logarithms of the two sums of `linear_softmax` over time: (B, L, C) -> two (B, C)."""
+    """log(sum of p^2) and log(sum of p (1 - p)) over time: (B, L, C), padding_mask (B, L) or None -> two (B, C)."""
     log_p, log_not_p = F.logsigmoid(logits.float()), F.logsigmoid(-logits.float())
     if padding_mask is not None:
         log_p = log_p.masked_fill(padding_mask[:, :, None], -torch.inf)
@@ -149,7 +151,7 @@ class Classifier(nn.Module):
         return self.pool(*self.encoder.encode(log_mel, padding_mask))
 
     def probabilities(self, logits):
-        """Of each class (B, C)."""
+        """Logits (B, C) -> probabilities (B, C)."""
         return logits.softmax(1) if self.single_label else logits.sigmoid()
 
 
@@ -315,13 +317,15 @@ def parse(argv=None):
                        "the time (2; synth and esc10 0)")
 
     def complete(args):
+        if (args.tsv or args.plot) and not args.predict or args.frames and not args.embed:
+            raise InputError("--tsv and --plot are for --predict, --frames is for --embed")
         if args.predict or args.embed:
+            if args.predict and args.embed:
+                raise InputError("--predict or --embed: one of them at a time")
             if args.embed and not args.out:
                 raise InputError("--embed needs --out, the .npy file to write")
-            if args.plot and len(args.predict or ()) != 1:
-                raise InputError("--plot is of one recording: give --predict one")
-            if args.tsv and not args.predict:
-                raise InputError("--tsv is for --predict")
+            if args.plot and (len(args.predict) != 1 or Path(args.plot).suffix not in (".png", ".svg", ".pdf")):
+                raise InputError("--plot draws one recording, which --predict names, into a .png, .svg or .pdf")
             args.init, args.batch_size = args.init or "runs/finetune", 1
             return args
         if args.resume and not args.out:
@@ -463,7 +467,7 @@ def evaluate(model, frontend, data, args, device, rank, world):
 
 def add_gradients(wrapped, versions, padding, target, args):
     """Forward and backward pass of a batch, in parts of --micro-batch clips: V versions (B, T, 64), their padding mask,
-    target (B, C) -> the mean loss, without gradient."""
+    (B, T) or None, target (B, C) -> the mean loss, without gradient."""
     B, total = len(target), torch.zeros((), device=target.device)
     micro_batch = args.micro_batch or B
     for i in range(0, B, micro_batch):
@@ -634,27 +638,28 @@ def load(run, device="cpu"):
 
 
 @torch.no_grad()
-def embed_windows(path, model, frontend, layer=None, window=60.0):
-    """The embeddings (L, D) of a recording of any length and rate, a minute at a time; see `Wav2Vec2.encode`.
-
-    Raises InputError for what `read_audio` can't read; so do `embed` and `tag`.
-    """
+def embed_windows(path, model, frontend, layer=None):
+    """A recording of any length and rate, a minute at a time: its log-mels (T, 64) and embeddings (L, D), see
+    `Wav2Vec2.encode`. Raises InputError for what `read_audio` can't read; so do `embed` and `tag`."""
     with open_audio(path) as file:
         seconds = file.frames / file.samplerate
     encoder, device = getattr(model, "encoder", model), frontend.mean.device
+    stack = encoder.settings["stack"]
+    window = 3000 // stack * stack * HOP / SAMPLE_RATE              # so that latents stay evenly spaced
     starts = np.arange(0, max(seconds - 0.05, 0.01), window)        # no last window of next to nothing
     for start in tqdm(starts, Path(path).name, unit=" min", leave=False,
                       disable=None if len(starts) > 2 else True):
         last = start == starts[-1]
-        waveform = torch.from_numpy(read_audio(path, start, None if last else window)).to(device)
-        yield encoder.encode(frontend(waveform[None]), layer=layer)[0][0]
+        log_mel = frontend(torch.from_numpy(read_audio(path, start, None if last else window))[None].to(device))
+        yield log_mel[0], encoder.encode(log_mel, layer=layer)[0][0]
 
 
 def stats_of_windows(windows):
-    """Mean and standard deviation over time (2 D,) of windows (L, D), of which only one is in memory at a time."""
+    """Mean and standard deviation over time (2 D,) of embeddings (L, D), of which only one is in memory at a time."""
     count = total = squares = 0
     for x in windows:
-        count, total, squares = count + len(x), total + x.double().sum(0), squares + x.double().square().sum(0)
+        x = x.cpu().double()
+        count, total, squares = count + len(x), total + x.sum(0), squares + x.square().sum(0)
     mean = total / count
     return torch.cat([mean, (squares / count - mean.square()).clamp(min=0).sqrt()]).float()
 
@@ -662,8 +667,9 @@ def stats_of_windows(windows):
 def embed(path, model, frontend, layer=None, frames=False):
     """The embedding of a recording by conformer block `layer` (None: the middle one): its mean and standard deviation
     over time (2 D,), or with `frames` all of it (L, D), 12.5 a second at R = 4."""
-    windows = embed_windows(path, model, frontend, layer or getattr(model, "encoder", model).middle)
-    return (torch.cat(list(windows)) if frames else stats_of_windows(windows)).cpu().numpy()
+    layer = layer or getattr(model, "encoder", model).middle
+    windows = (x for _, x in embed_windows(path, model, frontend, layer))
+    return (torch.cat(list(windows)).cpu() if frames else stats_of_windows(windows)).numpy()
 
 
 @torch.no_grad()
@@ -672,22 +678,22 @@ def tag(path, model, frontend, classes, threshold=0.5):
     frame probabilities, the events: (onset, offset, class) in seconds, where they exceed `threshold`."""
     windows, events = embed_windows(path, model, frontend), None
     if model.head == "frames":
-        step = model.encoder.settings["stack"] * HOP / SAMPLE_RATE          # seconds of a latent
-        sums, changes, steps, before = [], [], 0, torch.zeros(1, len(classes), device=frontend.mean.device)
-        for x in windows:
-            frames = model.classify(x[None])                                # (1, L, C)
-            sums.append(linear_softmax_sums(frames))
-            sounding = torch.cat([before, (frames[0].sigmoid() > threshold).float()])
-            changes += [(c, steps + t) for t, c in sounding.diff(dim=0).nonzero().tolist()]
-            before, steps = sounding[-1:], steps + len(x)
-        changes += [(c, steps) for c in before[0].nonzero()[:, 0].tolist()]
-        changes.sort()
-        events = sorted((round(onset * step, 2), round(offset * step, 2), classes[c])
-                        for (c, onset), (_, offset) in zip(changes[::2], changes[1::2], strict=True))
-        logits = torch.sub(*(torch.stack(terms).logsumexp(0) for terms in zip(*sums, strict=True)))
+        sums, heard, seconds = [], [], 0
+        for log_mel, x in windows:
+            frames = model.classify(x[None])                                    # (1, L, C)
+            sums.append(torch.stack(linear_softmax_sums(frames)))
+            heard.append(frames[0].sigmoid().cpu() > threshold)
+            seconds += len(log_mel) * HOP / SAMPLE_RATE
+        squares, rest = torch.stack(sums).logsumexp(0)                          # (1, C) each
+        logits, step = squares - rest, model.encoder.settings["stack"] * HOP / SAMPLE_RATE
+        silence = torch.zeros_like(heard[0][:1])
+        changes = torch.cat([silence, *heard, silence]).int().diff(dim=0).T     # (C, L + 1): 1 onset, -1 offset
+        onsets, offsets = ((changes == sign).nonzero().tolist() for sign in (1, -1))
+        events = sorted((round(on * step, 2), round(min(off * step, seconds), 2), classes[c])
+                        for (c, on), (_, off) in zip(onsets, offsets, strict=True))
     else:
-        stats = stats_of_windows(windows)
-        logits = model.classify(stats[None, None, :model.linear.in_features])[0]
+        stats = stats_of_windows(x for _, x in windows).to(frontend.mean.device)
+        logits = model.classify(stats[None, None, :model.linear.in_features])[0]        # head "mean": the first half
     probabilities = model.probabilities(logits)[0]
     order = probabilities.argsort(descending=True).tolist()
     return {classes[c]: round(probabilities[c].item(), 4) for c in order}, events
@@ -704,45 +710,46 @@ def print_prediction(sound, probabilities, events, as_json):
 
 @torch.no_grad()
 def plot_prediction(out, sound, model, frontend, classes, probabilities, events):
-    """Draw what `tag` returns: log-mels, below them the probabilities of the five most probable classes over time (at
-    each step or, for heads without, each second) and the events as frames. Raises InputError where it can't."""
+    """Draw what `tag` returns: log-mels, below them the probabilities of the five most probable classes over time (of
+    each step or, for heads without, about each second), boxes around events. Raises InputError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError("--plot needs another package: pip install matplotlib") from None
-    waveform, top = read_audio(sound), list(probabilities)[:5]
-    x = torch.cat(list(embed_windows(sound, model, frontend)))
-    steps = 1 if model.head == "frames" else min(len(x), 12)
-    rows = model.probabilities(model.pool(x[:len(x) // steps * steps].unflatten(0, (-1, steps)))).cpu().numpy()
-    seconds, figure = len(waveform) / SAMPLE_RATE, Figure((9, 5), layout="constrained")
+    log_mel, x = map(torch.cat, zip(*embed_windows(sound, model, frontend), strict=True))
+    steps = 1 if model.head == "frames" else min(len(x), 12)        # that make a column
+    columns = model.probabilities(model.pool(x[:len(x) // steps * steps].unflatten(0, (-1, steps)))).cpu().numpy()
+    seconds, top = len(log_mel) * HOP / SAMPLE_RATE, list(probabilities)[:5]
+    end = len(columns) * steps * model.encoder.settings["stack"] * HOP / SAMPLE_RATE
+    figure = Figure((9, 5), layout="constrained")
     above, below = figure.subplots(2, sharex=True)
-    log_mel = frontend(torch.from_numpy(waveform)[None].to(x.device))[0].cpu().numpy()
-    above.imshow(log_mel.T, origin="lower", aspect="auto", extent=(0, seconds, 0, MELS), cmap="magma", vmin=-3, vmax=3)
-    above.set(title=Path(sound).name, ylabel="mel band")
-    image = below.imshow(rows[:, [classes.index(name) for name in top]].T, aspect="auto", vmin=0, vmax=1, cmap="Blues",
-                         interpolation="nearest", extent=(0, seconds, len(top) - 0.5, -0.5))
-    below.set(xlabel="seconds", yticks=range(len(top)), yticklabels=[f"{c}  {probabilities[c]:.2f}" for c in top])
+    above.imshow(log_mel.T.cpu().numpy(), origin="lower", aspect="auto", extent=(0, seconds, 0, MELS), cmap="magma",
+                 vmin=-3, vmax=3)
+    above.set_title(Path(sound).name, parse_math=False)
+    above.set_ylabel("mel band")
+    image = below.imshow(columns[:, [classes.index(name) for name in top]].T, aspect="auto", vmin=0, vmax=1,
+                         cmap="Blues", interpolation="nearest", extent=(0, end, len(top) - 0.5, -0.5))
+    below.set(xlabel="seconds", xlim=(0, seconds))
+    below.set_yticks(range(len(top)), [f"{name}  {probabilities[name]:.2f}" for name in top], parse_math=False)
     figure.colorbar(image, ax=below, label="probability")
     for onset, offset, name in events or ():
         if name in top:
             below.broken_barh([(onset, offset - onset)], (top.index(name) - 0.45, 0.9), fc="none", ec="tab:red", lw=0.8)
-    try:
-        figure.savefig(out, dpi=120)
-    except (ValueError, OSError) as error:
-        raise InputError(f"--plot {out}: can't be written ({error})") from None
+    figure.savefig(out, dpi=120)
 
 
 def run_inference(args):
     """--predict and --embed. Raises InputError at the end for recordings that can't be read."""
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = find_device(args.device)
     if args.frames and not args.out.endswith(".npz"):
         raise InputError(f"--frames writes an .npz file: --out {args.out} is none")
     model, frontend, classes = load(args.init, device)
     if args.predict and not classes:
         raise InputError(f"{args.init}: is pre-trained only and knows no classes: fine-tune it first")
     for file in filter(None, (args.out if args.embed else None, args.tsv, args.plot)):
-        if Path(file).exists():
+        if Path(file).exists() or file == args.tsv == args.plot:
             raise InputError(f"{file}: exists already; name a new file")
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
     if args.embed and (args.layer or 1) > getattr(model, "encoder", model).settings["blocks"]:
         raise InputError(f"--layer {args.layer}: the model has fewer conformer blocks")
     if args.tsv and model.head != "frames":
@@ -762,10 +769,9 @@ def run_inference(args):
                 embeddings[n, sound] = embed(sound, model, frontend, args.layer, args.frames)
         except InputError as error:
             errors.append(str(error))
-    if args.tsv:
+    if args.tsv and len(errors) < len(args.predict):
         write_events(args.tsv, rows)
     if embeddings:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         with open(args.out, "wb") as file:
             if args.frames:
                 np.savez(file, **{sound: x for (_, sound), x in embeddings.items()})
@@ -792,12 +798,13 @@ def load_model(model_file_path="runs/pretrain"):
 def get_timestamp_embeddings(audio, model):
     """HEAR: audio (B, S) in [-1, 1] -> embeddings (B, L, D) by the middle block, and the time of each in ms (B, L)."""
     x, _ = model.encode(model.frontend(audio), layer=model.middle)
-    step = 1000 * model.settings["stack"] * HOP / SAMPLE_RATE
-    return x, ((torch.arange(x.shape[1], device=x.device) + 0.5) * step).expand(len(x), -1)
+    stack, end = model.settings["stack"], 1000 * audio.shape[1] / SAMPLE_RATE
+    frames = torch.arange(x.shape[1], device=x.device) * stack + (stack - 1) / 2        # frame t is centred on t hops
+    return x, (frames * (1000 * HOP / SAMPLE_RATE)).clamp(max=end).expand(len(x), -1)
 
 
 def get_scene_embeddings(audio, model):
-    """HEAR: audio (B, S) -> mean and standard deviation of these over time (B, 2 D)."""
+    """HEAR: audio (B, S) -> mean and standard deviation of these over time (B, 2 D); as --embed, up to a minute."""
     return stats_over_time(get_timestamp_embeddings(audio, model)[0])
 
 

@@ -34,8 +34,8 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from datasets import (Bar, InputError, Parser, batches, claim, collate, derive_seed, in_range, open_source, run_script,
-                      write_whole)
+from datasets import (Bar, InputError, Parser, batches, claim, collate, derive_seed, find_device, in_range, open_source,
+                      run_script, write_whole)
 from frontend import SAMPLE_RATE, LogMel, frame_count, padding_mask
 from wav2vec2 import (COMMON, SIZES, SUMS, Wav2Vec2, collapse_warning, load_checkpoint, load_weights, span_mask,
                       summarize)
@@ -110,16 +110,11 @@ def init_distributed(args, checkpoint=None):
     and where not all processes found the same checkpoint.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    device = args.device or ("cuda" if cuda else "mps" if mps and world == 1 else "cpu")
-    if not {"cuda": cuda, "mps": mps and world == 1, "cpu": True}[device]:
-        raise InputError(f"--device {device}: this torch has none" + ", or not for several processes" * (world > 1)
-                         + "; leave --device out")
+    device = find_device(args.device, world)
     local_batch = args.batch_size // world
     if args.batch_size % world or local_batch % (args.micro_batch or local_batch):
         raise InputError(f"--batch-size {args.batch_size} does not divide by {world} processes x --micro-batch "
                          f"{args.micro_batch or local_batch}")
-    device = torch.device(device, int(os.environ.get("LOCAL_RANK", 0)) if device == "cuda" else None)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # On Hopper, torch 2.11 and later prefer cuDNN's attention, which rounds the share that dropout drops
@@ -273,6 +268,12 @@ class Log:
                 self.board.add_scalar(name, value, update)
             self.board.flush()          # it keeps lines in memory, which a run that is stopped would lose
 
+    def write_held_out(self, update, model, frontend, source, args, device):
+        """Log what `held_out_figures` finds, with TensorBoard's pictures."""
+        self.write(update, **held_out_figures(model, frontend, source, args, device))
+        if self.board:
+            draw(self.board, update, model, frontend, source, device)
+
     def write_training(self, update, sums, **figures):
         """Log the updates since the last line: sums of 1, gradient norm and SUMS. Warns when the latents collapse."""
         now, (updates, norms, *sums) = time.time(), sums
@@ -307,7 +308,10 @@ def draw(board, update, model, frontend, source, device):
     crop = max((source.crop(i, np.random.default_rng(i)) for i in range(min(len(source), 16))), key=len)
     log_mel = frontend(torch.from_numpy(crop)[None].to(device))
     rand = torch.rand(model.rand_shape(*log_mel.shape[:2])[:2], generator=torch.Generator().manual_seed(0)).to(device)
-    mask, _, context, targets, valid = model.predict_masked(log_mel, None, rand)
+    mask, _, context, targets, valid = model.eval().predict_masked(log_mel, None, rand)
+    model.train()
+    if not mask.any():
+        return                  # they are all too short
     hidden = mask[0].repeat_interleave(model.settings["stack"])[:log_mel.shape[1]]
     grey = (log_mel[0].T.flip(0) / 6 + 0.5).clamp(0, 1)                     # (64, T), black at 3 deviations below
     cosine = F.normalize(context[0, valid[0]], dim=1) @ F.normalize(targets[0, valid[0]], dim=1).T          # (M, M)
@@ -317,9 +321,8 @@ def draw(board, update, model, frontend, source, device):
 
 
 @torch.no_grad()
-def held_out_figures(model, frontend, source, args, device, board=None, update=None):
-    """Loss and accuracy on crops of recordings that are never trained on, with the same masks each time. A TensorBoard
-    gets its pictures."""
+def held_out_figures(model, frontend, source, args, device):
+    """Loss and accuracy on crops of recordings that are never trained on, with the same masks each time."""
     numbers, sums = np.linspace(0, len(source) - 1, min(len(source), 128)).astype(int), torch.zeros(len(SUMS))
     model.eval()
     for i in range(0, len(numbers), 16):
@@ -329,8 +332,6 @@ def held_out_figures(model, frontend, source, args, device, board=None, update=N
         rand = torch.rand(model.rand_shape(*log_mel.shape[:2]), generator=torch.Generator().manual_seed(i)).to(device)
         with autocast(device, args.dtype):
             sums += model(log_mel, padding_mask(lengths, log_mel), rand).sums.cpu()
-    if board:
-        draw(board, update, model, frontend, source, device)
     model.train()
     figures = summarize(sums.tolist())
     return {f"held_out_{name}": figures[name] for name in ("loss", "accuracy")}
@@ -419,7 +420,7 @@ def main():
         if finite:
             optimizer.step()
             window = [total + x for total, x in zip(window, (1, norm, *figures), strict=True)]
-        skipped, skips_in_a_row = skipped + (not finite), 0 if finite else skips_in_a_row + 1
+        skipped, skips_in_a_row = (skipped, 0) if finite else (skipped + 1, skips_in_a_row + 1)
         optimizer.zero_grad()
         if skips_in_a_row == MAX_CONSECUTIVE_SKIPS:
             raise InputError(f"loss or gradient not finite in {skips_in_a_row} updates in a row, now at {update + 1} "
@@ -433,7 +434,7 @@ def main():
                 log.write_training(done, window, lr=group["lr"], skipped=skipped)
                 window = [0.0] * len(window)
             if due and len(held_out):
-                log.write(done, **held_out_figures(model, frontend, held_out, args, device, log.board, done))
+                log.write_held_out(done, model, frontend, held_out, args, device)
             if due or stopping:
                 save_checkpoint(out / "checkpoint.pt", model, update=done, frontend=frontend.state_dict(),
                                 optimizer=optimizer.state_dict(), skipped=skipped, window=window, script="pretrain.py",

@@ -329,7 +329,7 @@ def test_batch_norm_learns_from_no_padding():
 @pytest.mark.parametrize("padding", [None, torch.arange(9) >= torch.tensor([9, 4])[:, None]])
 def test_attention_in_training_is_that_of_evaluation_with_weights_dropped(padding):
     """On a CPU, training has code of its own."""
-    attention, x, dropped = SelfAttention(16, 4, 0.0), torch.randn(2, 9, 16), []
+    attention, x, dropped = SelfAttention(16, 4, 1e-9), torch.randn(2, 9, 16), []
     valid = slice(None) if padding is None else ~padding
     torch.testing.assert_close(attention.train()(x, padding)[valid], attention.eval()(x, padding)[valid])
     attention.dropout = Dropout(0.5)
@@ -1005,7 +1005,7 @@ def bad_files(folder):
     soundfile.write(folder / "rate.wav", np.ones(100), 7)
     return {"text.wav": "not readable", "nothing.wav": "not readable", "empty.wav": "no sound",
             "nan.wav": "not finite", "cut.wav": "cut off", "cut.flac": "not readable",
-            "cut.aiff": "cut off", "cut.ogg": "damaged", "rate.wav": "can't be right",
+            "cut.aiff": "cut off", "cut.ogg": "cut off", "rate.wav": "can't be right",
             "missing.wav": "no such file"}
 
 
@@ -1013,7 +1013,7 @@ def test_bad_files_are_named_with_their_fault(tmp_path):
     for name, word in bad_files(tmp_path).items():
         with pytest.raises(InputError, match=f"{name}.*{word}"):
             datasets.read_audio(tmp_path / name)
-        if word == "cut off":                   # known without decoding it, so before a training starts
+        if word == "cut off" and name != "cut.ogg":             # known without decoding it, so before a training starts
             with pytest.raises(InputError, match=f"{name}.*{word}"):
                 datasets.open_audio(tmp_path / name)
 
@@ -2224,6 +2224,10 @@ def test_tensorboard_draws_the_log_or_is_asked_for_in_a_line(pretrained, tmp_pat
     assert 0 <= cosine.min() < cosine.max() <= 1
 
 
+def test_nothing_is_drawn_of_clips_too_short_to_mask():
+    pretrain.draw(None, 1, Wav2Vec2("tiny", **SMALL), LogMel(), Numbers(lambda i: 1000), torch.device("cpu"))
+
+
 def test_profile_prints_where_the_time_goes(pretrained, tmp_path, call):
     printed = call("pretrain.py", *pretrained[0], "--updates", 30, "--profile", "--out", tmp_path / "run")
     assert "Self CPU" in printed and "aten::" in printed
@@ -2498,7 +2502,7 @@ def test_a_long_recording_is_tagged_as_a_whole(tmp_path, head):
     """Though only a minute of it is in memory at a time; events may go on from one minute into the next."""
     write_wav(tmp_path / "a.wav", 70)
     model, front, classes = finetune.Classifier(Wav2Vec2("tiny", **SMALL), 3, head).eval(), LogMel(), list("abc")
-    x = torch.cat(list(finetune.embed_windows(tmp_path / "a.wav", model, front)))[None]
+    x = torch.cat([x for _, x in finetune.embed_windows(tmp_path / "a.wav", model, front)])[None]
     with torch.no_grad():
         expected, heard = model.pool(x).sigmoid()[0], model.classify(x)[0].sigmoid() if head == "frames" else None
     threshold = heard.median().item() if head == "frames" else 0.5
@@ -2561,10 +2565,9 @@ def test_a_prediction_is_drawn_or_what_is_missing_said(finetuned, tmp_path, monk
         for ending, start in (("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")):
             call(*options, tmp_path / f"a.{ending}")
             assert (tmp_path / f"a.{ending}").read_bytes().startswith(start)
-        assert "can't be written" in call(*options, tmp_path / "a.nothing", code=2)
+    assert ".png, .svg or .pdf" in call(*options, tmp_path / "a.nothing", code=2)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "pip install matplotlib" in call(*options, tmp_path / "b.png", code=2)
-    assert "of one recording" in call(*options, tmp_path / "b.png", "--predict", "a.wav", "b.wav", code=2)
 
 
 @pytest.mark.parametrize("run", ["pretrained", "finetuned"])
@@ -2574,10 +2577,12 @@ def test_a_run_has_the_hear_interface(run, request, tmp_path):
     model = finetune.load_model(str(folder[1] if run == "pretrained" else folder))
     assert isinstance(model, torch.nn.Module) and model.sample_rate == 16_000 and not model.training
     assert (model.timestamp_embedding_size, model.scene_embedding_size) == (16, 32)
-    audio = 0.5 * torch.randn(3, 24_000).clamp(-1, 1)
+    audio = 0.5 * torch.randn(3, 24_400).clamp(-1, 1)                   # 1.525 s, 76 frames
     scenes, (x, times) = finetune.get_scene_embeddings(audio, model), finetune.get_timestamp_embeddings(audio, model)
     assert scenes.shape == (3, 32) and x.shape == (3, 19, 16) and x.dtype == scenes.dtype == torch.float32
-    assert not x.requires_grad and torch.equal(times, (80 * torch.arange(19) + 40.0).expand(3, -1))
+    assert not x.requires_grad and torch.equal(times, (80 * torch.arange(19) + 30.0).expand(3, -1))
+    _, times = finetune.get_timestamp_embeddings(torch.randn(1, 17_120), model)         # 53 frames: one in the last
+    assert times[0, -2:].tolist() == [990, 1070]                        # not beyond the end
     soundfile.write(tmp_path / "a.wav", audio[1].numpy(), 16_000, subtype="FLOAT")
     inner, frontend, _ = finetune.load(folder[1] if run == "pretrained" else folder)
     torch.testing.assert_close(scenes[1], torch.tensor(finetune.embed(tmp_path / "a.wav", inner, frontend)), atol=1e-4,
@@ -2647,8 +2652,11 @@ class Evil:
     ("finetune.py", "--download", "--download"),
     ("finetune.py", "--predict a.wav --init EMPTY", "0 fine-tuned models"),
     ("finetune.py", "--embed a.wav", "--out"),
-    ("finetune.py", "--embed a.wav --out e.npy --tsv e.tsv", "--tsv is for --predict"),
-    ("finetune.py", "--predict a.wav b.wav --plot e.png", "of one recording"),
+    ("finetune.py", "--embed a.wav --out e.npy --tsv e.tsv", "are for --predict"),
+    ("finetune.py", "--predict a.wav b.wav --plot e.png", "draws one recording"),
+    ("finetune.py", "--tsv e.tsv", "--tsv and --plot are for"),
+    ("finetune.py", "--predict a.wav --embed b.wav --out e.npy", "one of them"),
+    ("finetune.py", "--predict a.wav --frames", "--frames is for"),
     ("finetune.py", "--embed a.wav --frames --out e.npy --init EMPTY", "npz"),
     ("finetune.py", "--data esc10 --head frames", "--loss ce"),
     ("finetune.py", "--freeze --micro-batch 1", "--freeze"),
