@@ -427,7 +427,7 @@ def pack(files, names, out, shard_hours=5.0, workers=None, keep_silent=False):
     if source.exists() and source.read_text() != stamp.hexdigest():
         raise InputError(f"{out}: holds other recordings, or the same before they changed; delete it "
                          "or name another folder")
-    if not source.exists() and any(path.name != ".lock" for path in out.iterdir()):
+    if not source.exists() and {path.name for path in out.iterdir()} - {".lock", "source.txt.part"}:
         raise InputError(f"{out}: holds other files; name a new folder")
     write_whole(source, stamp.hexdigest())
     shards = []

@@ -1251,6 +1251,8 @@ def test_a_killed_pack_continues(tmp_path, call, monkeypatch):
     (tmp_path / "in" / "2b.wav").write_text("no audio")
     options = ["pack", tmp_path / "in", "--shard-hours", 0.001]
     call("datasets.py", *options[:2], tmp_path / "whole", *options[2:])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "source.txt.part").write_text("killed while it wrote its first file")
     read = datasets.read_audio
     for last in ("1.wav", "3.wav", "5.wav"):
         def killed(path, *rest, last=last):
