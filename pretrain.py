@@ -76,8 +76,8 @@ def parse_run(parser, argv, complete):
     group.add_argument("--device", choices=["cpu", "cuda", "mps"], help="(the best there is)")
     group.add_argument("--dtype", choices=["fp32", "bf16"], help="bf16 halves memory and time where the processor has "
                        "it (bf16 on CUDA, else fp32)")
-    group.add_argument("--compile", action="store_true", help="compile the conformer blocks with torch.compile, for "
-                       "GPUs; takes a minute or more at first, needs a C++ compiler, gains nothing on a CPU")
+    group.add_argument("--compile", action="store_true", help="compile the conformer blocks for training, with "
+                       "torch.compile: for GPUs; takes a minute or more at first and needs a C++ compiler")
     group.add_argument("--workers", type=in_range(int, 0, 1024), help="processes that read data (with a GPU one a "
                        "core, up to 8; none without: the training takes the cores)")
     group.add_argument("--micro-batch", type=count, help="clips that go through the model at once in a process; fewer "
@@ -330,7 +330,7 @@ def held_out_figures(model, frontend, source, args, device):
         waveform, lengths, _ = collate(crops, round(args.seconds * SAMPLE_RATE))
         log_mel = frontend(waveform.to(device), lengths)
         rand = torch.rand(model.rand_shape(*log_mel.shape[:2]), generator=torch.Generator().manual_seed(i)).to(device)
-        with autocast(device, args.dtype):
+        with autocast(device, args.dtype), torch.compiler.set_stance("force_eager"):        # other shapes
             sums += model(log_mel, padding_mask(lengths, log_mel), rand).sums.cpu()
     model.train()
     figures = summarize(sums.tolist())

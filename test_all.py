@@ -2315,6 +2315,18 @@ def test_soak_compiled_training_is_the_same(pretrained, tmp_path):
     torch.testing.assert_close(gradients(tmp_path / "compiled"), gradients(tmp_path / "eager"), atol=1e-5, rtol=1e-4)
 
 
+def test_compiled_blocks_are_evaluated_eagerly():
+    """Clips come in many shapes, each of which would be compiled anew, up to a limit that is passed in silence."""
+    model, compiled = finetune.Classifier(Wav2Vec2("tiny", **SMALL), 1), []
+    for block in model.encoder.conformer.blocks:
+        block.compile(backend=lambda graph, inputs: compiled.append(graph) or graph.forward)
+    data = labelled_set([(0,)] * 3)
+    finetune.compute_logits(model, LogMel(), data, parse_finetune(), torch.device("cpu"))
+    assert not compiled
+    model(torch.randn(2, 40, 64))
+    assert compiled
+
+
 @pytest.fixture
 def undropped(tmp_path):
     """A pre-trained model without dropout, whose training is the same in one process or two."""
