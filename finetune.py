@@ -48,11 +48,12 @@ METRICS = dict(accuracy=metrics.accuracy, mAP=metrics.average_precisions, MAUC=m
 # batches of 640 and 64, the heads, AudioSet's balancing, the augmentations and the weight of 2 (Sec. 4); the rest
 # it found by sweeps that it does not print. ESC-10 and synth were tried here, the others not.
 DEFAULTS = dict(updates=2000, batch_size=32, lr=5e-4, seconds=10.0, head="mean", head_dropout=0.1,
-                balance=False, augment=["jitter", "time_mask", "mixup"], consistency=2.0, loss="bce", encoder_lr=1.0)
+                balance=False, augment=["jitter", "time_mask", "mixup"], consistency=2.0, loss="bce", encoder_lr=1.0,
+                layer=None)
 RECIPES = {
     "synth": dict(updates=250, lr=1e-3, augment=[], consistency=0.0),
     "esc10": dict(updates=400, batch_size=16, lr=1e-3, seconds=3.0, head="stats", augment=["jitter"], consistency=0.0,
-                  loss="ce", encoder_lr=0.1),
+                  loss="ce", encoder_lr=0.1, layer="middle"),
     "esc50": dict(updates=4000),
     "audioset": dict(updates=60_000, batch_size=640, lr=3e-4, head="frames", balance=True),
     "audioset-balanced": dict(updates=20_000, batch_size=64, lr=3e-4, head="frames"),
@@ -101,7 +102,8 @@ def stats_over_time(x, padding_mask=None):
 
 
 class Classifier(nn.Module):
-    """A pre-trained encoder and one of the paper's two heads (Sec. 4), or a third: log-mels to logits (B, C).
+    """A pre-trained encoder, up to block `layer` (None: the last), and one of the paper's two heads (Sec. 4), or a
+    third: log-mels to logits (B, C).
 
     head "frames" is AudioSet's: a linear layer at each step, then linear softmax pooling. head "mean" is that of
     all other tasks: embeddings averaged over time, then a linear layer. head "stats", not the paper's, sees their
@@ -110,7 +112,7 @@ class Classifier(nn.Module):
     probe (He et al. 2022).
     """
 
-    def __init__(self, encoder, classes, head="mean", dropout=0.1, freeze=False):
+    def __init__(self, encoder, classes, head="mean", dropout=0.1, freeze=False, layer=None):
         super().__init__()
         if head not in ("mean", "stats", "frames"):
             raise ValueError(f"no head '{head}'")
@@ -119,6 +121,8 @@ class Classifier(nn.Module):
         encoder.requires_grad_(not freeze)
         encoder.output_proj.requires_grad_(False)       # only pre-training needs these two, and
         encoder.mask_embedding.requires_grad_(False)    # DDP refuses unused parameters
+        self.layer = layer or encoder.settings["blocks"]
+        encoder.conformer.blocks[self.layer:].requires_grad_(False)
         dim = encoder.settings["dim"] * (2 if head == "stats" else 1)
         self.standardise = BatchNorm(dim, affine=False) if freeze or head == "stats" else None
         self.dropout = Dropout(dropout)
@@ -148,7 +152,7 @@ class Classifier(nn.Module):
 
     def forward(self, log_mel, padding_mask=None):
         """log_mel (B, T, 64), padding_mask (B, T) or None -> logits (B, C), float32."""
-        return self.pool(*self.encoder.encode(log_mel, padding_mask))
+        return self.pool(*self.encoder.encode(log_mel, padding_mask, self.layer))
 
     def probabilities(self, logits):
         """Logits (B, C) -> probabilities (B, C)."""
@@ -239,6 +243,10 @@ def parse(argv=None):
     parser = Parser(prog="finetune.py", description=__doc__,
                     epilog="Some defaults depend on the data set (RECIPES in finetune.py).")
     share = in_range(float, 0, 1)
+
+    def layer(text):
+        return text if text == "middle" else in_range(int, 1, 1000)(text)
+
     group = parser.add_argument_group("run")
     group.add_argument("--init", nargs="?", const="runs/pretrain", metavar="RUN", help="start from this pre-training "
                        "run (no name: runs/pretrain); without it, from scratch")
@@ -252,8 +260,9 @@ def parse(argv=None):
                        "pre-trained only, to --out: .npy with a row for each recording, mean and standard deviation "
                        "over time")
     group.add_argument("--frames", action="store_true", help="with --embed: a row for each 80 ms; --out is .npz")
-    group.add_argument("--layer", type=in_range(int, 1, 1000), help="with --embed: of which conformer block (half of "
-                       "them: middle blocks keep most of what tells sounds apart)")
+    group.add_argument("--layer", type=layer, help="of which conformer block, the last of a fine-tuned model: a number "
+                       "or 'middle', whose output keeps most of what tells sounds apart (--embed and esc10: middle; in "
+                       "other fine-tunings the last)")
     group.add_argument("--threshold", type=share, default=0.5, help="with --predict: of frame probabilities; a lower "
                        "one finds more events, and more that are none (%(default)s)")
     group.add_argument("--json", action="store_true", help="with --predict: a line of JSON for each recording, with "
@@ -332,13 +341,13 @@ def parse(argv=None):
             raise InputError("--resume needs --out, the folder of the run")
         args.out = args.out or ("runs/finetune" if args.init else "runs/scratch")
         recipe = {**DEFAULTS, **RECIPES.get(args.data, {}), **({"lr": FREEZE_LR} if args.freeze else {})}
+        if not args.init:
+            recipe.update(encoder_lr=1.0, layer=None)           # those are for pre-trained encoders
         for name, value in recipe.items():
             if getattr(args, name) is None:
                 setattr(args, name, value)
         if abs(sum(args.stages) - 1) > 1e-3:
             raise InputError(f"--stages {args.stages} must be three shares that sum to 1")
-        if not args.init:
-            args.encoder_lr = 1.0
         if args.loss == "ce" and args.head == "frames":
             raise InputError("--loss ce is for --head mean or stats: it leaves frame probabilities without a scale")
         if (args.freeze or args.head == "stats") and 1 in (args.batch_size, args.micro_batch):
@@ -417,7 +426,8 @@ def build(args, training, init, device):
     if args.compile:
         for block in encoder.conformer.blocks:
             block.compile()             # in place: the names of the weights stay the same
-    model = Classifier(encoder, len(training.classes), args.head, args.head_dropout, args.freeze)
+    layer = args.layer and encoder.block_number(args.layer)
+    model = Classifier(encoder, len(training.classes), args.head, args.head_dropout, args.freeze, layer)
     return model.to(device), frontend.to(device)
 
 
@@ -563,7 +573,7 @@ def run_job(job, fraction, fold, data, init, args, processes, save, state, say):
     if rank == 0:
         save_checkpoint(Path(args.out) / f"{name}_fraction{fraction:g}.pt", model, frontend=frontend.state_dict(),
                         settings=model.encoder.settings, classes=data.classes, head=args.head, freeze=args.freeze,
-                        script="finetune.py", args=vars(args))
+                        layer=model.layer, script="finetune.py", args=vars(args))
     return model, line
 
 
@@ -631,7 +641,7 @@ def load(run, device="cpu"):
     classes, (model, frontend) = content.get("classes", []), load_encoder(content)
     if classes:
         with reading(path, "use another model"):
-            model = Classifier(model, len(classes), content["head"], freeze=content["freeze"])
+            model = Classifier(model, len(classes), content["head"], 0.0, content["freeze"], content["layer"])
     load_weights(content, model, frontend)
     model.single_label = content["args"].get("loss") == "ce"
     return model.to(device).eval(), frontend.to(device), classes
@@ -639,8 +649,9 @@ def load(run, device="cpu"):
 
 @torch.no_grad()
 def embed_windows(path, model, frontend, layer=None):
-    """A recording of any length and rate, a minute at a time: its log-mels (T, 64) and embeddings (L, D), see
-    `Wav2Vec2.encode`. Raises InputError for what `read_audio` can't read; so do `embed` and `tag`."""
+    """A recording of any length and rate, a minute at a time: its log-mels (T, 64) and embeddings (L, D) by block
+    `layer` (None: the one that a classifier reads). Raises InputError for what `read_audio` can't read; so do `embed`
+    and `tag`."""
     with open_audio(path) as file:
         seconds = file.frames / file.samplerate
     encoder, device = getattr(model, "encoder", model), frontend.mean.device
@@ -651,7 +662,7 @@ def embed_windows(path, model, frontend, layer=None):
                       disable=None if len(starts) > 2 else True):
         last = start == starts[-1]
         log_mel = frontend(torch.from_numpy(read_audio(path, start, None if last else window))[None].to(device))
-        yield log_mel[0], encoder.encode(log_mel, layer=layer)[0][0]
+        yield log_mel[0], encoder.encode(log_mel, layer=layer or getattr(model, "layer", None))[0][0]
 
 
 def stats_of_windows(windows):
@@ -665,9 +676,9 @@ def stats_of_windows(windows):
 
 
 def embed(path, model, frontend, layer=None, frames=False):
-    """The embedding of a recording by conformer block `layer` (None: the middle one): its mean and standard deviation
-    over time (2 D,), or with `frames` all of it (L, D), 12.5 a second at R = 4."""
-    layer = layer or getattr(model, "encoder", model).middle
+    """The embedding of a recording by conformer block `layer` ("middle", or None, is the middle one): its mean and
+    standard deviation over time (2 D,), or with `frames` all of it (L, D), 12.5 a second at R = 4."""
+    layer = getattr(model, "encoder", model).block_number(layer or "middle")
     windows = (x for _, x in embed_windows(path, model, frontend, layer))
     return (torch.cat(list(windows)).cpu() if frames else stats_of_windows(windows)).numpy()
 
@@ -750,8 +761,8 @@ def run_inference(args):
         if Path(file).exists() or file == args.tsv == args.plot:
             raise InputError(f"{file}: exists already; name a new file")
         Path(file).parent.mkdir(parents=True, exist_ok=True)
-    if args.embed and (args.layer or 1) > getattr(model, "encoder", model).settings["blocks"]:
-        raise InputError(f"--layer {args.layer}: the model has fewer conformer blocks")
+    if args.embed:
+        getattr(model, "encoder", model).block_number(args.layer or "middle")          # raises InputError
     if args.tsv and model.head != "frames":
         raise InputError(f"--tsv: {args.init} tells no events; fine-tune with --head frames")
     if args.tsv and len({Path(sound).name for sound in args.predict}) < len(args.predict):
@@ -797,7 +808,7 @@ def load_model(model_file_path="runs/pretrain"):
 @torch.no_grad()
 def get_timestamp_embeddings(audio, model):
     """HEAR: audio (B, S) in [-1, 1] -> embeddings (B, L, D) by the middle block, and the time of each in ms (B, L)."""
-    x, _ = model.encode(model.frontend(audio), layer=model.middle)
+    x, _ = model.encode(model.frontend(audio), layer=model.block_number("middle"))
     stack, end = model.settings["stack"], 1000 * audio.shape[1] / SAMPLE_RATE
     frames = torch.arange(x.shape[1], device=x.device) * stack + (stack - 1) / 2        # frame t is centred on t hops
     return x, (frames * (1000 * HOP / SAMPLE_RATE)).clamp(max=end).expand(len(x), -1)

@@ -2442,6 +2442,26 @@ def test_the_encoder_has_a_learning_rate_of_its_own(tmp_path, undropped, call):
     assert change.max().item() == pytest.approx(1e-4, rel=0.01)
     assert parse_finetune("--data", "esc10", "--init", "x").encoder_lr == 0.1
     assert parse_finetune("--data", "esc10").encoder_lr == 1                    # from scratch
+    assert parse_finetune("--data", "esc10", "--init", "x").layer == "middle" and not parse_finetune().layer
+
+
+@pytest.mark.parametrize("layer, number", [("middle", 1), (2, 2)])
+def test_the_head_reads_the_layer_asked_for(tmp_path, undropped, call, layer, number):
+    """Later blocks are not trained; --predict reads the same layer."""
+    write_esc50(tmp_path)
+    call("finetune.py", "--data", "esc50", "--root", tmp_path, "--updates", 2, "--batch-size", 6, "--init", undropped,
+         "--layer", layer, "--out", tmp_path / "run")
+    model, frontend, classes = finetune.load(tmp_path / "run")
+    before, sound = load_checkpoint(undropped)["model"], tmp_path / "audio" / "1-100-A-0.wav"
+    for block in (0, 1):
+        name = f"conformer.blocks.{block}.feed_forward1.up.weight"
+        assert torch.equal(before[name], model.encoder.get_parameter(name)) == (block >= number)
+    with torch.no_grad():
+        log_mel = frontend(torch.from_numpy(datasets.read_audio(sound))[None])
+        expected = model.pool(model.encoder.encode(log_mel, layer=number)[0]).sigmoid()[0]
+    probabilities, _ = finetune.tag(sound, model, frontend, classes)
+    assert [probabilities[name] for name in classes] == pytest.approx(expected.tolist(), abs=1e-3)
+    torch.testing.assert_close(model(log_mel).sigmoid()[0], expected)
 
 
 def test_balance_draws_by_class(tmp_path, undropped, monkeypatch, call):
@@ -2671,6 +2691,8 @@ class Evil:
     ("finetune.py", "--tsv e.tsv", "--tsv and --plot are for"),
     ("finetune.py", "--predict a.wav --embed b.wav --out e.npy", "one of them"),
     ("finetune.py", "--predict a.wav --frames", "--frames is for"),
+    ("finetune.py", "--layer first", "--layer"),
+    ("finetune.py", "--data csv --root GOOD --layer 9", "conformer blocks"),
     ("finetune.py", "--embed a.wav --frames --out e.npy --init EMPTY", "npz"),
     ("finetune.py", "--data esc10 --head frames", "--loss ce"),
     ("finetune.py", "--freeze --micro-batch 1", "--freeze"),

@@ -227,7 +227,14 @@ class Wav2Vec2(nn.Module):
         self.conformer = Conformer(s["dim"], s["blocks"], s["heads"], s["ffn_dim"],
                                    s["first_kernel"], s["kernel"], s["dropout"], s["norm"])
         self.output_proj = nn.Linear(s["dim"], s["latent_dim"])
-        self.middle = (s["blocks"] + 1) // 2        # the block whose embeddings tell sounds apart best
+
+    def block_number(self, layer):
+        """The number of a block, from 1 on; "middle" is the one of which embeddings tell sounds apart best. Raises
+        InputError where there are fewer."""
+        number = (self.settings["blocks"] + 1) // 2 if layer == "middle" else layer
+        if number > self.settings["blocks"]:
+            raise InputError(f"--layer {layer}: the model has only {self.settings['blocks']} conformer blocks")
+        return number
 
     def encode(self, log_mel, padding_mask=None, layer=None):
         """Embeddings for fine-tuning: log_mel (B, T, 64), padding_mask (B, T) or None -> the output (B, L, D)
