@@ -49,7 +49,7 @@ METRICS = dict(accuracy=metrics.accuracy, mAP=metrics.average_precisions, MAUC=m
 # it found by sweeps that it does not print. ESC-10 and synth were tried here, the others not.
 DEFAULTS = dict(updates=2000, batch_size=32, lr=5e-4, seconds=10.0, head="mean", head_dropout=0.1,
                 balance=False, augment=["jitter", "time_mask", "mixup"], consistency=2.0, loss="bce", encoder_lr=1.0,
-                layer=None)
+                layer="last")
 RECIPES = {
     "synth": dict(updates=250, lr=1e-3, augment=[], consistency=0.0),
     "esc10": dict(updates=400, batch_size=16, lr=1e-3, seconds=3.0, head="stats", augment=["jitter"], consistency=0.0,
@@ -245,7 +245,7 @@ def parse(argv=None):
     share = in_range(float, 0, 1)
 
     def layer(text):
-        return text if text == "middle" else in_range(int, 1, 1000)(text)
+        return text if text in ("middle", "last") else in_range(int, 1, 1000)(text)
 
     group = parser.add_argument_group("run")
     group.add_argument("--init", nargs="?", const="runs/pretrain", metavar="RUN", help="start from this pre-training "
@@ -260,9 +260,8 @@ def parse(argv=None):
                        "pre-trained only, to --out: .npy with a row for each recording, mean and standard deviation "
                        "over time")
     group.add_argument("--frames", action="store_true", help="with --embed: a row for each 80 ms; --out is .npz")
-    group.add_argument("--layer", type=layer, help="of which conformer block, the last of a fine-tuned model: a number "
-                       "or 'middle', whose output keeps most of what tells sounds apart (--embed and esc10: middle; in "
-                       "other fine-tunings the last)")
+    group.add_argument("--layer", type=layer, help="the conformer block whose output is used: a number, 'last', or "
+                       "'middle', which keeps most of what tells sounds apart (--embed and esc10 middle, else last)")
     group.add_argument("--threshold", type=share, default=0.5, help="with --predict: of frame probabilities; a lower "
                        "one finds more events, and more that are none (%(default)s)")
     group.add_argument("--json", action="store_true", help="with --predict: a line of JSON for each recording, with "
@@ -342,7 +341,7 @@ def parse(argv=None):
         args.out = args.out or ("runs/finetune" if args.init else "runs/scratch")
         recipe = {**DEFAULTS, **RECIPES.get(args.data, {}), **({"lr": FREEZE_LR} if args.freeze else {})}
         if not args.init:
-            recipe.update(encoder_lr=1.0, layer=None)           # those are for pre-trained encoders
+            recipe.update(encoder_lr=1.0, layer="last")         # those are for pre-trained encoders
         for name, value in recipe.items():
             if getattr(args, name) is None:
                 setattr(args, name, value)
@@ -426,7 +425,7 @@ def build(args, training, init, device):
     if args.compile:
         for block in encoder.conformer.blocks:
             block.compile()             # in place: the names of the weights stay the same
-    layer = args.layer and encoder.block_number(args.layer)
+    layer = encoder.block_number(args.layer)
     model = Classifier(encoder, len(training.classes), args.head, args.head_dropout, args.freeze, layer)
     return model.to(device), frontend.to(device)
 

@@ -2442,7 +2442,7 @@ def test_the_encoder_has_a_learning_rate_of_its_own(tmp_path, undropped, call):
     assert change.max().item() == pytest.approx(1e-4, rel=0.01)
     assert parse_finetune("--data", "esc10", "--init", "x").encoder_lr == 0.1
     assert parse_finetune("--data", "esc10").encoder_lr == 1                    # from scratch
-    assert parse_finetune("--data", "esc10", "--init", "x").layer == "middle" and not parse_finetune().layer
+    assert parse_finetune("--data", "esc10", "--init", "x").layer == "middle" and parse_finetune().layer == "last"
 
 
 @pytest.mark.parametrize("layer, number", [("middle", 1), (2, 2)])

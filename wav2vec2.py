@@ -229,11 +229,12 @@ class Wav2Vec2(nn.Module):
         self.output_proj = nn.Linear(s["dim"], s["latent_dim"])
 
     def block_number(self, layer):
-        """The number of a block, from 1 on; "middle" is the one of which embeddings tell sounds apart best. Raises
+        """The number of a block, from 1 on: of "last", or of "middle", whose embeddings tell sounds apart best. Raises
         InputError where there are fewer."""
-        number = (self.settings["blocks"] + 1) // 2 if layer == "middle" else layer
-        if number > self.settings["blocks"]:
-            raise InputError(f"--layer {layer}: the model has only {self.settings['blocks']} conformer blocks")
+        blocks = self.settings["blocks"]
+        number = {"middle": (blocks + 1) // 2, "last": blocks}.get(layer, layer)
+        if number > blocks:
+            raise InputError(f"--layer {layer}: the model has only {blocks} conformer blocks")
         return number
 
     def encode(self, log_mel, padding_mask=None, layer=None):
