@@ -2734,6 +2734,7 @@ def test_a_damaged_checkpoint_is_refused(pretrained, tmp_path):
 
 
 def test_interrupting_a_prediction_ends_in_a_line(finetuned, tmp_path, monkeypatch, call):
+    signal.signal(signal.SIGINT, signal.default_int_handler)            # a background job ignores it
     monkeypatch.setattr(finetune, "tag", lambda *_: signal.raise_signal(signal.SIGINT))
     write_wav(tmp_path / "a.wav")
     assert call("finetune.py", "--predict", tmp_path / "a.wav", "--init", finetuned, code=130).count("\n") == 1
