@@ -640,7 +640,7 @@ def load(run, device="cpu"):
     classes, (model, frontend) = content.get("classes", []), load_encoder(content)
     if classes:
         with reading(path, "use another model"):
-            model = Classifier(model, len(classes), content["head"], 0.0, content["freeze"], content["layer"])
+            model = Classifier(model, len(classes), content["head"], 0.0, content["freeze"], content.get("layer"))
     load_weights(content, model, frontend)
     model.single_label = content["args"].get("loss") == "ce"
     return model.to(device).eval(), frontend.to(device), classes
