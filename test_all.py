@@ -100,6 +100,13 @@ def spy(monkeypatch, owner, name):
     return calls
 
 
+def is_running(process):
+    """Whether a process of this number is there, and no zombie."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    return False
+
+
 def write_wav(path, seconds=1.0, rate=16_000, channels=1, frequency=440.0):
     """A tone with a little noise."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1335,8 +1342,7 @@ def test_soak_workers_of_a_killed_packing_end_too(tmp_path):
     process.kill()
     process.wait()
     ends = time.time() + 15
-    while any(Path(f"/proc/{worker}").exists() and "Z" not in Path(f"/proc/{worker}/stat").read_text().split()[2]
-              for worker in workers):
+    while any(map(is_running, workers)):
         assert time.time() < ends
 
 
@@ -1976,8 +1982,13 @@ def kill_and_resume(script, options, whole, out, kills, processes=None):
             try:
                 ended = process.wait(duration * random.uniform(0.4, 1.2))
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+                workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+                for number in (process.pid, *map(int, workers)):        # torchrun's go on without it, and hold the lock
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(number, signal.SIGKILL)
                 killed, ended = killed + 1, process.wait()
+                while any(map(is_running, workers)):
+                    pass
             assert ended in (0, -signal.SIGKILL) and killed < kills + 50
         assert_same_run(whole, out)
     print(f"{killed} kills, each resumed: weights, optimiser state and log as if there had been none")
