@@ -2452,7 +2452,8 @@ def test_the_encoder_has_a_learning_rate_of_its_own(tmp_path, undropped, call):
     change = (after["model"][f"encoder.{name}"] - before["model"][name]).abs()
     assert change.max().item() == pytest.approx(1e-4, rel=0.01)
     assert parse_finetune("--data", "esc10", "--init", "x").encoder_lr == 0.1
-    assert parse_finetune("--data", "esc10").encoder_lr == 1                    # from scratch
+    scratch = parse_finetune("--data", "esc10")
+    assert scratch.encoder_lr == 1 and scratch.layer == "last"
     assert parse_finetune("--data", "esc10", "--init", "x").layer == "middle" and parse_finetune().layer == "last"
 
 
@@ -2559,6 +2560,8 @@ def test_a_long_recording_is_tagged_as_a_whole(tmp_path, head):
             rebuilt[round(onset / 0.08):round(offset / 0.08), classes.index(name)] = True
         assert torch.equal(rebuilt, heard > threshold) and any(on < 60 < off for on, off, _ in events)
         assert events == sorted(events)
+        write_wav(tmp_path / "b.wav", 0.1)                      # the second of two latents is longer than the sound
+        assert finetune.tag(tmp_path / "b.wav", model, front, classes, 0.0)[1] == [(0.0, 0.1, c) for c in classes]
 
 
 def test_embeddings_of_any_run(finetuned, pretrained, tmp_path, call):
