@@ -235,12 +235,12 @@ def check_ogg(path):
     while at < len(content):
         segments = content[at + 27:at + 27 + content[at + 26]] if at + 26 < len(content) else b""
         size = 27 + len(segments) + sum(segments)
-        page = content[at:at + 22] + bytes(4) + content[at + 26:at + size]
-        crc = zlib.crc32(page.translate(REVERSED), 2**32 - 1) ^ (2**32 - 1)
         if ended:
             raise InputError(f"{path}: goes on after its end: another stream, or junk; only the first would be read")
-        if at + max(size, 28) > len(content):
+        if at + size > len(content):
             break
+        page = content[at:at + 22] + bytes(4) + content[at + 26:at + size]
+        crc = zlib.crc32(page.translate(REVERSED), 2**32 - 1) ^ (2**32 - 1)
         if int(f"{crc:032b}"[::-1], 2).to_bytes(4, "little") != content[at + 22:at + 26] or (
                 number != int.from_bytes(content[at + 18:at + 22], "little")):
             raise InputError(f"{path}: damaged (page {number} of its Ogg stream); get it again")

@@ -1101,6 +1101,31 @@ def test_ogg_files_in_a_chain_are_refused(tmp_path):
         datasets.read_audio(tmp_path / "a.ogg")
 
 
+def test_an_ogg_file_may_end_with_an_empty_page(tmp_path):
+    """Of 27 bytes, which is all of the header."""
+    write_wav(tmp_path / "a.ogg")
+    content = bytearray((tmp_path / "a.ogg").read_bytes())
+
+    def seal(start):
+        content[start + 22:start + 26] = bytes(4)
+        crc = 0
+        for byte in content[start:]:
+            crc ^= byte << 24
+            for _ in range(8):
+                crc = (crc << 1 ^ 0x04C11DB7 * (crc >> 31)) & 0xFFFFFFFF
+        content[start + 22:start + 26] = crc.to_bytes(4, "little")
+
+    last = content.rindex(b"OggS")
+    content[last + 5] &= ~4                                     # no longer the end
+    seal(last)
+    number = int.from_bytes(content[last + 18:last + 22], "little") + 1
+    end = len(content)
+    content += content[last:last + 5] + b"\4" + content[last + 6:last + 18] + number.to_bytes(4, "little") + bytes(5)
+    seal(end)
+    (tmp_path / "a.ogg").write_bytes(content)
+    datasets.check_ogg(tmp_path / "a.ogg")
+
+
 @pytest.mark.parametrize("rate, suffix", [(44_100, "wav"), (16_000, "flac"), (22_050, "ogg")])
 def test_blocks_of_a_recording_are_the_whole(tmp_path, rate, suffix):
     write_wav(tmp_path / f"a.{suffix}", 7.3, rate)
