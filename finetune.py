@@ -102,8 +102,8 @@ def stats_over_time(x, padding_mask=None):
 
 
 class Classifier(nn.Module):
-    """A pre-trained encoder, up to block `layer` (None: the last), and one of the paper's two heads (Sec. 4), or a
-    third: log-mels to logits (B, C).
+    """A pre-trained encoder, up to block `layer` (see `Wav2Vec2.block_number`, which may raise InputError), and one of
+    the paper's two heads (Sec. 4), or a third: log-mels to logits (B, C).
 
     head "frames" is AudioSet's: a linear layer at each step, then linear softmax pooling. head "mean" is that of
     all other tasks: embeddings averaged over time, then a linear layer. head "stats", not the paper's, sees their
@@ -112,7 +112,7 @@ class Classifier(nn.Module):
     probe (He et al. 2022).
     """
 
-    def __init__(self, encoder, classes, head="mean", dropout=0.1, freeze=False, layer=None):
+    def __init__(self, encoder, classes, head="mean", dropout=0.1, freeze=False, layer="last"):
         super().__init__()
         if head not in ("mean", "stats", "frames"):
             raise ValueError(f"no head '{head}'")
@@ -121,7 +121,7 @@ class Classifier(nn.Module):
         encoder.requires_grad_(not freeze)
         encoder.output_proj.requires_grad_(False)       # only pre-training needs these two, and
         encoder.mask_embedding.requires_grad_(False)    # DDP refuses unused parameters
-        self.layer = layer or encoder.settings["blocks"]
+        self.layer = encoder.block_number(layer)
         encoder.conformer.blocks[self.layer:].requires_grad_(False)
         dim = encoder.settings["dim"] * (2 if head == "stats" else 1)
         self.standardise = BatchNorm(dim, affine=False) if freeze or head == "stats" else None
@@ -425,8 +425,7 @@ def build(args, training, init, device):
     if args.compile:
         for block in encoder.conformer.blocks:
             block.compile()             # in place: the names of the weights stay the same
-    layer = encoder.block_number(args.layer)
-    model = Classifier(encoder, len(training.classes), args.head, args.head_dropout, args.freeze, layer)
+    model = Classifier(encoder, len(training.classes), args.head, args.head_dropout, args.freeze, args.layer)
     return model.to(device), frontend.to(device)
 
 
@@ -640,7 +639,8 @@ def load(run, device="cpu"):
     classes, (model, frontend) = content.get("classes", []), load_encoder(content)
     if classes:
         with reading(path, "use another model"):
-            model = Classifier(model, len(classes), content["head"], 0.0, content["freeze"], content.get("layer"))
+            model = Classifier(model, len(classes), content["head"], 0.0, content["freeze"],
+                               content.get("layer", "last"))
     load_weights(content, model, frontend)
     model.single_label = content["args"].get("loss") == "ce"
     return model.to(device).eval(), frontend.to(device), classes
@@ -760,8 +760,7 @@ def run_inference(args):
         if Path(file).exists() or file == args.tsv == args.plot:
             raise InputError(f"{file}: exists already; name a new file")
         Path(file).parent.mkdir(parents=True, exist_ok=True)
-    if args.embed:
-        getattr(model, "encoder", model).block_number(args.layer or "middle")          # raises InputError
+    layer = getattr(model, "encoder", model).block_number(args.layer or "middle") if args.embed else None
     if args.tsv and model.head != "frames":
         raise InputError(f"--tsv: {args.init} tells no events; fine-tune with --head frames")
     if args.tsv and len({Path(sound).name for sound in args.predict}) < len(args.predict):
@@ -776,7 +775,7 @@ def run_inference(args):
                 if args.plot:
                     plot_prediction(args.plot, sound, model, frontend, classes, probabilities, events)
             else:
-                embeddings[n, sound] = embed(sound, model, frontend, args.layer, args.frames)
+                embeddings[n, sound] = embed(sound, model, frontend, layer, args.frames)
         except InputError as error:
             errors.append(str(error))
     if args.tsv and len(errors) < len(args.predict):
