@@ -739,7 +739,7 @@ class Clip(NamedTuple):
     name: str               # unique in the data set
     labels: tuple           # names of its classes
     split: str              # "train", "valid" or "test", or the number of the fold whose test clip it is
-    files: object           # names under which the recording may lie, without folder and ending; or its path
+    path: Path | None       # its recording; None where that is missing
     group: str = ""         # clips of one group, cut from one recording perhaps, stay on one side of a split
 
 
@@ -762,8 +762,8 @@ class FileIndex:
                 return self.tables[name]
         raise InputError(f"{self.root}: no {' or '.join(names)} below it; is the data set's root right?")
 
-    def find(self, names):
-        """The path of the recording that has one of these names, or None."""
+    def find(self, *names):
+        """The path of the recording that has one of these names, without folder and ending, or None."""
         return next((self.recordings[name] for name in names if name in self.recordings), None)
 
 
@@ -781,8 +781,9 @@ def read_table(path, columns, delimiter=","):
     return rows
 
 
-def audioset(index, parts):
+def audioset(root, parts):
     """AudioSet (Gemmeke et al. 2017). parts: which `<part>_segments.csv` to train on."""
+    index = FileIndex(root)
     table = index.table("class_labels_indices.csv")
     classes = {row["mid"]: row["display_name"] for row in read_table(table, ("mid", "display_name"))}
     clips = []
@@ -796,44 +797,47 @@ def audioset(index, parts):
                     labels = tuple(classes[mid] for mid in mids)
                 except (IndexError, ValueError, KeyError):
                     raise InputError(f"{table}: can't read the line {','.join(row)}") from None
-                files = [name, f"Y{name}", *(f"{prefix}{name}_{at}" for prefix in ("", "Y") for at in (
-                    f"{start:.3f}", f"{start:.0f}", f"{1000 * start:.0f}", f"{start:06.0f}"))]
-                clips.append(Clip(name, labels, "test" if part == "eval" else "train", files))
+                path = index.find(name, f"Y{name}", *(f"{prefix}{name}_{at}" for prefix in ("", "Y") for at in (
+                    f"{start:.3f}", f"{start:.0f}", f"{1000 * start:.0f}", f"{start:06.0f}")))
+                clips.append(Clip(name, labels, "test" if part == "eval" else "train", path))
     return clips, list(classes.values())
 
 
-def esc50(index, esc10=False):
+def esc50(root, esc10=False):
     """ESC-50 (Piczak 2015), 50 classes in five folds; or ESC-10, ten of them."""
+    index = FileIndex(root)
     table = index.table("esc50.csv")
     rows = read_table(table, ("filename", "fold", "category", "esc10"))
     if odd := {row["fold"] for row in rows} - set("12345"):
         raise InputError(f"{table}: a fold must be 1 to 5, not '{odd.pop()}'")
-    return [Clip(row["filename"], (row["category"],), row["fold"], [Path(row["filename"]).stem])
+    return [Clip(row["filename"], (row["category"],), row["fold"], index.find(Path(row["filename"]).stem))
             for row in rows if row["esc10"].strip().lower() == "true" or not esc10], None
 
 
-def fsdkaggle2019(index, parts):
+def fsdkaggle2019(root, parts):
     """FSDKaggle2019 (Fonseca et al. 2019) as Zenodo has it; train_curated.csv and train_noisy.csv of
     Kaggle serve too, but the test labels only Zenodo has. parts: "curated", "noisy"."""
-    clips = []
+    index, clips = FileIndex(root), []
     for part in (*(f"train_{part}" for part in parts), "test"):
         for row in read_table(index.table(f"{part}_post_competition.csv", f"{part}.csv"),
                               ("fname", "labels")):
             clips.append(Clip(row["fname"], tuple(row["labels"].split(",")), part.split("_")[0],
-                              [Path(row["fname"]).stem]))
+                              index.find(Path(row["fname"]).stem)))
     return clips, None
 
 
-def dcase2019(index):
+def dcase2019(root):
     """DCASE 2019 task 1a: TAU Urban Acoustic Scenes 2019, development set (Mesaros et al. 2018)."""
-    return [Clip(row["filename"], (row["scene_label"],), split, [Path(row["filename"]).stem])
+    index = FileIndex(root)
+    return [Clip(row["filename"], (row["scene_label"],), split, index.find(Path(row["filename"]).stem))
             for split, table in (("train", "fold1_train.csv"), ("test", "fold1_evaluate.csv"))
             for row in read_table(index.table(table), ("filename", "scene_label"), "\t")], None
 
 
-def magnatagatune(index, top=50):
+def magnatagatune(root, top=50):
     """MagnaTagATune (Law et al. 2009): its most frequent tags; folders 0 to b train, c valid, d to f
     test. Clips with none of these tags are left out."""
+    index = FileIndex(root)
     table = index.table("annotations_final.csv")
     rows = read_table(table, ("clip_id", "mp3_path"), "\t")
     tags = [name for name in rows[0] if name not in ("clip_id", "mp3_path")] if rows else []
@@ -844,14 +848,14 @@ def magnatagatune(index, top=50):
         labels = tuple(tag for tag in classes if row[tag] == "1")
         split = {"c": "valid", **dict.fromkeys("def", "test")}.get(row["mp3_path"][:1], "train")
         if labels:
-            clips.append(Clip(row["mp3_path"], labels, split, [Path(row["mp3_path"]).stem]))
+            clips.append(Clip(row["mp3_path"], labels, split, index.find(Path(row["mp3_path"]).stem)))
     return clips, classes
 
 
-def kinetics700(index):
+def kinetics700(root):
     """Kinetics-700 (Carreira et al. 2019), its sound only. Its test labels were held out: the
     validation split is what is tested on."""
-    clips = []
+    index, clips = FileIndex(root), []
     for split, tables in (("train", ("train.csv", "kinetics700_train.csv")),
                           ("test", ("validate.csv", "val.csv", "kinetics700_val.csv"))):
         table = index.table(*tables)
@@ -861,7 +865,7 @@ def kinetics700(index):
                 padded = f"{video}_{int(float(start)):06}_{int(float(end)):06}"
             except (ValueError, OverflowError):
                 raise InputError(f"{table}: '{start}' and '{end}' are not times") from None
-            clips.append(Clip(padded, (row["label"],), split, [padded, f"{video}_{start}_{end}", video]))
+            clips.append(Clip(padded, (row["label"],), split, index.find(padded, f"{video}_{start}_{end}", video)))
     return clips, None
 
 
@@ -877,9 +881,11 @@ def folder(root):
 def own_table(path):
     """Your own sounds in a table: columns file (its path from the table's folder), labels (separated by ;) and,
     if you like, split (train, valid, test, or the number of a fold) and group (see `Clip`)."""
-    clips = [Clip(row["file"], tuple(name.strip() for name in row["labels"].split(";") if name.strip()),
-                  (row.get("split") or "").strip(), Path(path).parent / row["file"], (row.get("group") or "").strip())
-             for row in read_table(path, ("file", "labels"))]
+    clips = []
+    for row in read_table(path, ("file", "labels")):
+        recording, labels = Path(path).parent / row["file"], [name.strip() for name in row["labels"].split(";")]
+        clips.append(Clip(row["file"], tuple(filter(None, labels)), (row.get("split") or "").strip(),
+                          recording if recording.is_file() else None, (row.get("group") or "").strip()))
     splits = {clip.split for clip in clips}
     if splits == {""}:
         return split_train_test(clips), None
@@ -903,34 +909,31 @@ def split_train_test(clips):
     return [clip._replace(split=sides[hashed(clip)]) for clip in clips]
 
 
-def merge_duplicates(clips, paths, by_content):
+def merge_duplicates(clips, by_content):
     """One clip for each recording: rows for the same file are merged, their labels put together.
 
     Raises InputError where the same file, the same bytes (if by_content) or the same group is in two splits.
     """
-    def digest(path):
-        return hashlib.sha256(Path(path).read_bytes()).digest()
-
-    sizes = collections.Counter(os.path.getsize(path) for path in set(paths)) if by_content else {}
+    sizes = collections.Counter(os.path.getsize(path) for path in {clip.path for clip in clips}) if by_content else {}
     seen, merged = {}, {}
-    for clip, path in zip(clips, paths, strict=True):
-        keys = [("file", identity(path)), ("group", clip.group or path)]
-        if by_content and sizes[os.path.getsize(path)] > 1:
-            keys.append(("content", digest(path)))
-        for what, key in keys:
-            other = seen.setdefault((what, key), clip)
+    for clip in clips:
+        file = ("file", identity(clip.path))
+        keys = [file, ("group", clip.group or clip.path)]
+        if by_content and sizes[os.path.getsize(clip.path)] > 1:
+            keys.append(("content", hashlib.sha256(clip.path.read_bytes()).digest()))
+        for key in keys:
+            other = seen.setdefault(key, clip)
             if other.split != clip.split:
-                raise InputError(f"{other.name} ({other.split}) and {clip.name} ({clip.split}) are the same {what}, "
+                raise InputError(f"{other.name} ({other.split}) and {clip.name} ({clip.split}) are the same {key[0]}, "
                                  "but in different splits: delete one, or put both into one split")
-        first, labels = merged.get(keys[0], (path, ()))
-        merged[keys[0]] = first, tuple(dict.fromkeys(labels + clip.labels))
-    kept = [seen[key]._replace(labels=labels) for key, (_, labels) in merged.items()]
-    return kept, [path for path, _ in merged.values()]
+        first = merged.get(file, clip)
+        merged[file] = first._replace(labels=tuple(dict.fromkeys(first.labels + clip.labels)))
+    return list(merged.values())
 
 
-# Name: (reader of its tables, metric). A reader takes a FileIndex (folder and csv: the path) and returns the clips,
-# a list of Clip, and the names of the classes in order, or None: those of the clips, sorted. It raises InputError
-# for a table that is missing or malformed. None for a metric: accuracy if all clips have one label, else mAP.
+# Name: (reader, metric). A reader takes the set's root and returns all clips that its tables name, a list of Clip, and
+# the names of the classes in order, or None: those of the clips, sorted. It raises InputError for a table that is
+# missing or malformed. None for a metric: accuracy if all clips have one label, else mAP.
 READERS = {
     "synth": (None, "mAP"),
     "audioset": (functools.partial(audioset, parts=("balanced_train", "unbalanced_train")), "mAP"),
@@ -1043,31 +1046,23 @@ def synth(train=1000, test=500):
 
 
 def read_tables(data, root):
-    """A labelled set before its audio: (the clips that are there, their labels as class numbers; their
-    paths; how many are missing; classes; metric). Raises InputError where no clip is there."""
+    """A labelled set before its audio: (the clips that are there, their labels as class numbers; how many are
+    missing; classes; metric). Raises InputError where no clip is there."""
     reader, metric = READERS[data]
     if root is None:
         place = "table" if data == "csv" else "folder where it lies"
         raise InputError(f"--data {data} needs --root, the {place}")
-    if data in ("folder", "csv"):                       # these know the paths
-        clips, classes = reader(root)
-        paths = [clip.files if clip.files.is_file() else None for clip in clips]
-    else:
-        index = FileIndex(root)
-        clips, classes = reader(index)
-        paths = [index.find(clip.files) for clip in clips]
-    if not any(paths):
-        raise InputError(f"{root}: none of the {len(clips)} recordings of {data} is there, such as "
-                         f"{clips[0].files if data in ('csv', 'folder') else clips[0].files[0] + '.wav'}"
-                         if clips else f"{root}: its tables name no clips")
-    classes = classes or sorted({label for clip in clips for label in clip.labels})
-    number, missing = {name: c for c, name in enumerate(classes)}, paths.count(None)
-    clips = [clip._replace(labels=tuple(number[label] for label in clip.labels))
-             for clip, path in zip(clips, paths, strict=True) if path]
-    clips, paths = merge_duplicates(clips, list(filter(None, paths)), by_content=data in ("folder", "csv"))
+    named, classes = reader(root)
+    classes = classes or sorted({label for clip in named for label in clip.labels})
+    number = {name: c for c, name in enumerate(classes)}
+    clips = [clip._replace(labels=tuple(number[label] for label in clip.labels)) for clip in named if clip.path]
+    if not clips:
+        raise InputError(f"{root}: none of the {len(named)} recordings of {data} is there, such as {named[0].name}"
+                         if named else f"{root}: its tables name no clips")
+    missing, clips = len(named) - len(clips), merge_duplicates(clips, by_content=data in ("folder", "csv"))
     if metric is None:
         metric = "accuracy" if all(len(clip.labels) == 1 for clip in clips) else "mAP"
-    return clips, paths, missing, classes, metric
+    return clips, missing, classes, metric
 
 
 def load_labelled(data, root=None, workers=None, say=print):
@@ -1090,9 +1085,9 @@ def load_labelled(data, root=None, workers=None, say=print):
             missing = content["missing"]
             reasons = (Path(root) / "skipped.txt").read_text("utf-8").split("\n")[:-1]
     else:
-        clips, files, missing, classes, metric = read_tables(data, root)
+        clips, missing, classes, metric = read_tables(data, root)
         waveforms, kept, reasons, samples = [], [], [], 0
-        for clip, (path, waveform) in zip(clips, decode(files, workers), strict=True):
+        for clip, (path, waveform) in zip(clips, decode([clip.path for clip in clips], workers), strict=True):
             if isinstance(waveform, str):
                 reasons.append(f"{path}: {waveform}")
                 continue
@@ -1103,7 +1098,7 @@ def load_labelled(data, root=None, workers=None, say=print):
                 raise InputError(f"{root}: more than {IN_MEMORY} hours, too much to decode in each run: "
                                  f"first python datasets.py pack {root} OUT --data {data}, then --root OUT")
         if not kept:
-            raise InputError(f"{root}: none of the {len(files)} recordings can be read: {reasons[0]}, ...")
+            raise InputError(f"{root}: none of the {len(clips)} recordings can be read: {reasons[0]}, ...")
         result = LabelledSet(waveforms, [clip.labels for clip in kept], classes, [clip.name for clip in kept],
                              [clip.split for clip in kept], [clip.group for clip in kept], metric)
     if missing + len(reasons) > len(result):
@@ -1116,8 +1111,8 @@ def load_labelled(data, root=None, workers=None, say=print):
 
 def pack_labelled(data, root, out, **options):
     """`pack` for a labelled set: its labels go into `labels.json`. Silent clips stay. As `pack`."""
-    clips, files, missing, classes, metric = read_tables(data, root)
-    kept, skipped = pack(files, [clip.name for clip in clips], out, keep_silent=True, **options)
+    clips, missing, classes, metric = read_tables(data, root)
+    kept, skipped = pack([clip.path for clip in clips], [clip.name for clip in clips], out, keep_silent=True, **options)
     write_whole(Path(out) / "labels.json", json.dumps(dict(
         data=data, classes=classes, metric=metric, missing=missing,
         labels=[clips[i].labels for i in kept], splits=[clips[i].split for i in kept],

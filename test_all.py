@@ -1663,7 +1663,7 @@ def test_labels_of_the_data_sets(tmp_path):
     splits = {name[0]: split for name, split in zip(data.names, data.splits, strict=True)}
     assert "3" not in splits and "6" not in splits
     assert [splits[folder] for folder in "0bcdf"] == ["train", "train", "valid", "test", "test"]
-    clips, classes = datasets.magnatagatune(datasets.FileIndex(tmp_path / "m"), top=1)
+    clips, classes = datasets.magnatagatune(tmp_path / "m", top=1)
     assert classes == ["no voice"] and len(clips) == 8          # of odd folders but 3, and one in c
     mini_kinetics700(tmp_path / "k")
     data = load_quietly("kinetics700", tmp_path / "k")
