@@ -9,11 +9,13 @@ import hashlib
 import importlib.util
 import json
 import math
+import multiprocessing
 import os
 import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -38,7 +40,9 @@ from frontend import LogMel, padding_mask, resample
 from metrics import accuracy, mean_average_precision
 from wav2vec2 import Wav2Vec2, load_checkpoint
 
+os.environ.update(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")         # all runs here are on the CPU, one thread each
 HERE = Path(__file__).parent
+FORK = multiprocessing.get_context("fork")
 SMALL = dict(dim=16, blocks=2, heads=2, ffn_dim=32, latent_dim=24)          # a model for tests
 SMALL_OPTIONS = [x for name, value in SMALL.items() for x in (f"--{name.replace('_', '-')}", value)]
 
@@ -56,16 +60,33 @@ def same_start():
         signal.signal(number, handler)
 
 
-def run(script, *options, code=0, processes=None, **environment):
-    """Run a script as its user does. Returns what it printed; with code None, how it ended."""
+def run(script, *options, processes=None):
+    """Run a script as its user does, perhaps by torchrun. Returns what it printed."""
     start = [sys.executable] if processes is None else [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    result = subprocess.run([*start, str(HERE / script), *map(str, options)], text=True, capture_output=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
-    if code is None:
-        return result.returncode
-    assert result.returncode == code, result.stdout + result.stderr
-    return result.stdout if code == 0 else result.stderr
+    result = subprocess.run([*start, str(HERE / script), *map(str, options)], text=True, capture_output=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def run_forked(script, *options, processes=1):
+    """Run a script in processes that join as torchrun's do, but are forked from this one: they need not import torch
+    again, and where parts of the modules have been replaced, they are there too. Returns how each ended."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    def start(rank):
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1",
+                          LOCAL_WORLD_SIZE=str(processes), MASTER_PORT=str(port))
+        sys.argv = [script, *map(str, options)]
+        datasets.run_script(sys.modules[script.removesuffix(".py")].main)
+
+    started = [FORK.Process(target=start, args=(rank,)) for rank in range(processes)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(300)
+    return [process.exitcode for process in started]
 
 
 @pytest.fixture
@@ -1196,20 +1217,23 @@ def test_damaged_packs_are_refused(tmp_path):
             (folder / name).write_bytes(content)
 
 
-def test_a_folder_has_one_writer(tmp_path, call):
+def test_a_folder_has_one_writer(pretrained, tmp_path, call):
     """Another process that packs, or a run, into the same folder gets one line."""
     write_wav(tmp_path / "in" / "a.wav")
-    held = subprocess.Popen([sys.executable, "-c", "import sys, datasets; lock = datasets.claim(sys.argv[1]); "
-                             "print(flush=True); sys.stdin.read()", tmp_path / "out"], cwd=HERE, stdin=subprocess.PIPE,
-                            stdout=subprocess.PIPE)
-    held.stdout.readline()
+    ready, tell = os.pipe()
+    holder = os.fork()
+    if holder == 0:
+        lock = datasets.claim(tmp_path / "out")         # noqa: F841
+        os.write(tell, b"claimed")
+        signal.pause()
+    os.read(ready, 1)
     table = write_table(tmp_path, "1.wav,a,train", "2.wav,b,test")
     for command in (["datasets.py", "pack", tmp_path / "in", tmp_path / "out"],
-                    ["pretrain.py", *SMALL_OPTIONS, "--updates", 1, "--batch-size", 1, "--out", tmp_path / "out"],
+                    ["pretrain.py", *pretrained[0], "--out", tmp_path / "out"],
                     ["finetune.py", "--data", "csv", "--root", table, "--updates", 1, "--out", tmp_path / "out"]):
         assert "another process is writing there" in call(*command, code=2)
-    held.kill()                                                 # which releases it
-    held.communicate()
+    os.kill(holder, signal.SIGKILL)                             # which releases it
+    os.waitpid(holder, 0)
     assert "1 recordings" in call("datasets.py", "pack", tmp_path / "in", tmp_path / "out")
 
 
@@ -2002,8 +2026,7 @@ def kill_and_resume(script, options, whole, out, kills, processes=None):
             process = subprocess.Popen(
                 [sys.executable, *(["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
                                    if processes else []), HERE / script, *map(str, options), "--out", out, "--resume"],
-                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                start_new_session=True)
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
             try:
                 ended = process.wait(duration * random.uniform(0.4, 1.2))
             except subprocess.TimeoutExpired:
@@ -2140,8 +2163,7 @@ def test_all_processes_stop_at_the_same_update_and_another_number_resumes(pretra
     options = [*pretrained[0], "--dropout", 0, "--updates", 3000]
     process = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / "pretrain.py",
-         *map(str, options), "--out", tmp_path / "run"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"})
+         *map(str, options), "--out", tmp_path / "run"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log, children = tmp_path / "run" / "log.jsonl", Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while not (log.exists() and log.read_text().count("\n") > 3):
         assert process.poll() is None, process.stderr.read()
@@ -2296,7 +2318,8 @@ def test_gradients_do_not_depend_on_how_the_batch_is_split(pretrained, tmp_path,
     assert expected.norm() > 0.1
     call("pretrain.py", *options, "--micro-batch", 1, "--out", tmp_path / "passes of one clip")
     for processes in (2, 4):
-        run("pretrain.py", *options, "--out", tmp_path / f"{processes} processes", processes=processes)
+        assert not any(run_forked("pretrain.py", *options, "--out", tmp_path / f"{processes} processes",
+                                  processes=processes))
     for name in ("whole", "passes of one clip", "2 processes", "4 processes"):
         torch.testing.assert_close(gradients(tmp_path / name), expected, atol=1e-6, rtol=0)
 
@@ -2305,7 +2328,7 @@ def test_two_processes_train_as_one(pretrained, tmp_path, call):
     """The same crops, masks and distractors, so but for dropout and rounding the same weights."""
     options = [*pretrained[0], "--dropout", 0]
     call("pretrain.py", *options, "--out", tmp_path / "one")
-    run("pretrain.py", *options, "--out", tmp_path / "two", "--workers", 1, processes=2)
+    assert run_forked("pretrain.py", *options, "--out", tmp_path / "two", "--workers", 1, processes=2) == [0, 0]
     for a, b in zip(read_log(tmp_path / "one")[0], read_log(tmp_path / "two")[0], strict=True):
         for name in a.keys() - {"clips_per_second", "tflops"}:
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-6), name
@@ -2322,25 +2345,20 @@ def test_workers_may_be_spawned(pretrained, tmp_path, monkeypatch, call):
 
 
 @pytest.mark.parametrize("fault, message", [
-    ("raise OSError('the disk is gone')", "the disk is gone"),
-    ("import os; os.kill(os.getpid(), 9)", "data was killed")])
-def test_a_data_worker_that_fails_ends_the_run_in_a_line(pretrained, tmp_path, fault, message):
-    """Within seconds, and without waiting for the other workers."""
-    (tmp_path / "faulty.py").write_text(f"""
-import sys; sys.path.insert(0, {str(HERE)!r})
-import datasets, pretrain
-crop = datasets.Packed.crop
-def fail(self, i, rng):
-    if pretrain.started and rng.random() < 0.2: {fault}
-    return crop(self, i, rng)
-datasets.Packed.crop, pretrain.started, log = fail, False, pretrain.Log
-pretrain.Log = lambda *inputs: setattr(pretrain, "started", True) or log(*inputs)
-datasets.run_script(pretrain.main)
-""")
-    ended = subprocess.run([sys.executable, tmp_path / "faulty.py", *map(str, pretrained[0]), "--updates", "500",
-                            "--workers", "2", "--out", tmp_path / "run"], capture_output=True, text=True, timeout=60,
-                           env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert ended.returncode == 2 and message in ended.stderr.splitlines()[-1], ended.stderr
+    (lambda: Path("/nowhere/at all").read_bytes(), "/nowhere/at all"),
+    (lambda: os.kill(os.getpid(), signal.SIGKILL), "data was killed")])
+def test_a_data_worker_that_fails_ends_the_run_in_a_line(pretrained, tmp_path, monkeypatch, capfd, fault, message):
+    """Without waiting for the other workers."""
+    crop, log, training = datasets.Packed.crop, pretrain.Log, []
+
+    def fail(self, i, rng):
+        if training and torch.utils.data.get_worker_info() and rng.random() < 0.2:
+            fault()
+        return crop(self, i, rng)
+    monkeypatch.setattr(datasets.Packed, "crop", fail)
+    monkeypatch.setattr(pretrain, "Log", lambda *inputs: (training.append(True), log(*inputs))[1])
+    assert run_forked("pretrain.py", *pretrained[0], "--updates", 500, "--workers", 2, "--out", tmp_path / "run") == [2]
+    assert message in capfd.readouterr().err.splitlines()[-1]
 
 
 @soak
@@ -2379,7 +2397,7 @@ def test_two_processes_fine_tune_as_one(tmp_path, undropped, call):
     options = ["--data", "esc50", "--root", tmp_path, "--updates", 3, "--batch-size", 6, "--head-dropout", 0, "--init",
                undropped]
     call("finetune.py", *options, "--out", tmp_path / "run1")
-    run("finetune.py", *options, "--out", tmp_path / "run2", processes=2)
+    assert run_forked("finetune.py", *options, "--out", tmp_path / "run2", processes=2) == [0, 0]
     before = load_checkpoint(undropped)["model"]
     one, two = (torch.cat([(load_checkpoint(tmp_path / f"run{n}" / "fold1_fraction1.pt")["model"][f"encoder.{name}"]
                             - weight).flatten() for name, weight in before.items()]) for n in (1, 2))
