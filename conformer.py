@@ -82,7 +82,7 @@ class BatchNorm(nn.BatchNorm1d):
         return torch.zeros_like(x).masked_scatter(valid[:, :, None], super().forward(x[valid]))
 
 
-def depthwise(x, weight, bias, channels_first):
+def convolve_by_channel(x, weight, bias, channels_first):
     """Convolve each channel with a kernel of its own over time: x (B, L, D), weight (D, K) -> (B, L, D).
 
     On a CPU x is left as it lies in memory, as an image (B, D, 1, L) whose channels come last: no copy, and 2 to 3
@@ -109,7 +109,7 @@ class Convolution(nn.Module):
             raise ValueError(f"the kernel of a convolution must be odd, not {kernel}")
         self.norm = nn.LayerNorm(dim)
         self.pointwise1 = nn.Linear(dim, 2 * dim)
-        self.depthwise = nn.Conv2d(dim, dim, (1, kernel), groups=dim)       # never called: `depthwise` has its weights
+        self.depthwise = nn.Conv2d(dim, dim, (1, kernel), groups=dim)       # holds the weights of `convolve_by_channel`
         self.depthwise_norm = {"group": MaskedGroupNorm, "batch": BatchNorm}[norm](dim)
         self.pointwise2 = nn.Linear(dim, dim)
         self.dropout = Dropout(dropout)
@@ -118,7 +118,7 @@ class Convolution(nn.Module):
         x = F.glu(self.pointwise1(self.norm(x)))
         if padding_mask is not None:                # like the zero padding at the clip's edge
             x = x.masked_fill(padding_mask[:, :, None], 0)
-        x = depthwise(x, self.depthwise.weight.flatten(1), self.depthwise.bias, channels_first=x.is_cuda)
+        x = convolve_by_channel(x, self.depthwise.weight.flatten(1), self.depthwise.bias, channels_first=x.is_cuda)
         x = F.silu(self.depthwise_norm(x, padding_mask))
         return self.dropout(self.pointwise2(x))
 

@@ -540,8 +540,8 @@ class Packed:
             raise InputError(f"{', '.join(map(str, folders))}: no recording in it is a second long")
         hashes = np.array([zlib.crc32(name.encode()) for part in self.parts for name in part.names])
         by_hash = usable[np.argsort(hashes[usable], kind="stable")]
-        number = min(max(len(usable) // 100, 16), len(usable) // 5)
-        self.recordings = np.sort(by_hash[:number] if held_out else by_hash[number:])
+        count = min(max(len(usable) // 100, 16), len(usable) // 5)
+        self.recordings = np.sort(by_hash[:count] if held_out else by_hash[count:])
         self.lengths = lengths[self.recordings]
         self.ends = np.cumsum(-(-self.lengths // self.samples))
         self.hash = hashlib.sha256(np.stack([hashes[self.recordings], self.lengths]).tobytes()).hexdigest()
@@ -665,7 +665,7 @@ def _wind(rng, t, pitch, speed):
 
 # In the order of how often they occur.
 SOUND_CLASSES = dict(footsteps=_footsteps, wind=_wind, bird=_bird, engine=_engine, dog=_dog, rain=_rain,
-             bell=_bell, alarm=_alarm, cricket=_cricket, siren=_siren)
+                     bell=_bell, alarm=_alarm, cricket=_cricket, siren=_siren)
 SPLITS = ("unlabelled", "train", "test", "held_out")
 
 
@@ -811,7 +811,7 @@ def esc50(root, esc10=False):
     if odd := {row["fold"] for row in rows} - set("12345"):
         raise InputError(f"{table}: a fold must be 1 to 5, not '{odd.pop()}'")
     return [Clip(row["filename"], (row["category"],), row["fold"], index.find(Path(row["filename"]).stem))
-            for row in rows if row["esc10"].strip().lower() == "true" or not esc10], None
+            for row in rows if not esc10 or row["esc10"].strip().lower() == "true"], None
 
 
 def fsdkaggle2019(root, parts):
@@ -1173,8 +1173,8 @@ def derive_seed(*numbers):
 class ClipStream(torch.utils.data.Dataset):
     """Crop n of an endless stream of shuffled epochs: (int16 waveform, its number in the source).
 
-    With `clips_by_class` the stream is balanced (Sec. 4.1): each class comes once in as many draws as there
-    are classes, and each of its clips once before the first comes again.
+    With `clips_by_class` the stream is balanced (Sec. 4.1): in every round of C draws each of the C classes comes
+    once, and all clips of a class come before one is repeated.
     Clip and crop depend on (seed, n) only, not on which process draws them or what was drawn before.
     """
 

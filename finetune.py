@@ -36,7 +36,7 @@ import metrics
 from conformer import BatchNorm, Dropout
 from datasets import (READERS, Bar, InputError, Parser, batches, claim, collate, derive_seed, download_esc50,
                       find_device, in_range, load_labelled, open_audio, read_audio, reading, run_script, write_events)
-from frontend import HOP, MELS, SAMPLE_RATE, LogMel, frame_count, padding_mask
+from frontend import HOP, MELS, SAMPLE_RATE, LogMel, frame_count, mean_and_variance, padding_mask
 from pretrain import MAX_CONSECUTIVE_SKIPS, autocast, finish, init_distributed, parse_run, save_checkpoint
 from wav2vec2 import SIZES, Wav2Vec2, load_checkpoint, load_encoder, load_weights
 
@@ -44,9 +44,9 @@ from wav2vec2 import SIZES, Wav2Vec2, load_checkpoint, load_encoder, load_weight
 METRICS = dict(accuracy=metrics.accuracy, mAP=metrics.average_precisions, MAUC=metrics.areas_under_roc,
                lwlrap=metrics.lwlrap)
 
-# What these options are when not given: DEFAULTS, overridden by the data set's line in RECIPES. The paper names the
-# batches of 640 and 64, the heads, AudioSet's balancing, the augmentations and the weight of 2 (Sec. 4); the rest
-# it found by sweeps that it does not print. ESC-10 and synth were tried here, the others not.
+# Defaults of these options, overridden by the data set's line in RECIPES. The paper names the batches of 640 and 64,
+# the heads, AudioSet's balancing, the augmentations and the weight of 2 (Sec. 4); the rest it found by sweeps that it
+# does not print. ESC-10 and synth were tried here, the others not.
 DEFAULTS = dict(updates=2000, batch_size=32, lr=5e-4, seconds=10.0, head="mean", head_dropout=0.1,
                 balance=False, augment=["jitter", "time_mask", "mixup"], consistency=2.0, loss="bce", encoder_lr=1.0,
                 layer="last")
@@ -196,7 +196,7 @@ def compute_loss(logits, target, args):
 
 
 def gather(x, world):
-    """What all processes hold, one after the other: (B / world, ...) -> (B, ...), as long as the longest."""
+    """Concatenate a tensor over all processes: (B / world, ...) -> (B, ...), padded to the longest."""
     if world == 1:
         return x
     if x.dim() > 1:
@@ -213,8 +213,8 @@ def augment_batch(waveform, lengths, frontend, args, generator, rank=0, world=1)
     """The versions of a batch that are trained on, each after the augmentations of Sec. 4.1: a list of log-mels
     (B, T, 64), and their padding mask. With the consistency loss there are two versions.
 
-    waveform (B, S) is this process's part of a batch. The random numbers are drawn for the whole batch, whatever
-    part of it is ours, and mixup's partners come from all of it.
+    waveform (B, S) is this process's part of a batch. The random numbers are drawn for the whole batch, whichever
+    part this process has, and mixup's partners come from all of it.
     """
     B, versions = len(waveform), []
     mine = slice(rank * B, (rank + 1) * B)
@@ -244,7 +244,7 @@ def parse(argv=None):
                     epilog="Some defaults depend on the data set (RECIPES in finetune.py).")
     share = in_range(float, 0, 1)
 
-    def layer(text):
+    def block(text):
         return text if text in ("middle", "last") else in_range(int, 1, 1000)(text)
 
     group = parser.add_argument_group("run")
@@ -260,8 +260,8 @@ def parse(argv=None):
                        "pre-trained only, to --out: .npy with a row for each recording, mean and standard deviation "
                        "over time")
     group.add_argument("--frames", action="store_true", help="with --embed: a row for each 80 ms; --out is .npz")
-    group.add_argument("--layer", type=layer, help="the conformer block whose output is used: a number, 'last', or "
-                       "'middle', which keeps most of what tells sounds apart (--embed and esc10 middle, else last)")
+    group.add_argument("--layer", type=block, help="the conformer block whose output is used: a number, 'last', or "
+                       "'middle', which did best on ESC-10 (--embed and esc10 middle, else last)")
     group.add_argument("--threshold", type=share, default=0.5, help="with --predict: of frame probabilities; a lower "
                        "one finds more events, and more that are none (%(default)s)")
     group.add_argument("--json", action="store_true", help="with --predict: a line of JSON for each recording, with "
@@ -438,13 +438,13 @@ def compute_logits(model, frontend, data, args, device, rank=0, world=1, batch_s
     """
     model.eval()
     logits = torch.zeros(len(data), len(data.classes))
-    by_length, groups = np.argsort(-data.lengths, kind="stable")[rank::world], []
+    by_length, parts = np.argsort(-data.lengths, kind="stable")[rank::world], []
     while len(by_length):
         fit = max(1, min(256, int(batch_seconds * SAMPLE_RATE / data.lengths[by_length[0]])))
-        groups.append(by_length[:fit])
+        parts.append(by_length[:fit])
         by_length = by_length[fit:]
-    for group in tqdm(groups, "evaluate", leave=False, disable=True if rank else None):
-        waveform, lengths, numbers = collate([(data.waveform(n), n) for n in group])
+    for part in tqdm(parts, "evaluate", leave=False, disable=True if rank else None):
+        waveform, lengths, numbers = collate([(data.waveform(n), n) for n in part])
         log_mel = frontend(waveform.to(device), lengths)
         with autocast(device, args.dtype), torch.compiler.set_stance("force_eager"):        # so many shapes
             logits[numbers] = model(log_mel, padding_mask(lengths, log_mel)).float().cpu()
@@ -459,7 +459,7 @@ def compute_logits(model, frontend, data, args, device, rank=0, world=1, batch_s
 def evaluate(model, frontend, data, args, device, rank, world):
     """The data set's metric, and how many classes it is the mean of (None: it is of clips).
 
-    Raises InputError where the metric has no answer.
+    Leaves the model in training mode. Raises InputError where the metric has no answer.
     """
     logits = compute_logits(model, frontend, data, args, device, rank, world)
     model.train()
@@ -492,13 +492,15 @@ def add_gradients(wrapped, versions, padding, target, args):
 
 def train(model, frontend, training, valid, args, processes, label, save, state):
     """Fine-tune in place; with validation clips the model ends with the weights that did best on them. Returns the
-    validation scores dict(best, last), of None without. `save(model, **content)` writes a checkpoint; `state` is the
-    content of one. Raises InputError after MAX_CONSECUTIVE_SKIPS updates in a row that are not finite."""
+    validation scores, dict(best=, last=), None without validation clips. `save(model, **content)` writes a checkpoint;
+    `state` is the content of one, or has update=0. Raises InputError after MAX_CONSECUTIVE_SKIPS updates in a row that
+    are not finite."""
     device, rank, world, signals = processes
-    wrapped = model.train() if world == 1 else DistributedDataParallel(model.train())
+    model.train()
+    wrapped = model if world == 1 else DistributedDataParallel(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [dict(params=model.linear.parameters(), share=1.0),
-              dict(params=[p for p in model.encoder.parameters() if p.requires_grad], share=args.encoder_lr)]
+    groups = [dict(params=model.linear.parameters(), lr_share=1.0),
+              dict(params=[p for p in model.encoder.parameters() if p.requires_grad], lr_share=args.encoder_lr)]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=device.type != "mps")
     first, scores, best_weights, skips_in_a_row = 0, dict(best=None, last=None), None, 0
     if state["update"]:
@@ -511,17 +513,17 @@ def train(model, frontend, training, valid, args, processes, label, save, state)
     # waveform (B, S) int16 and lengths (B,) in samples, on the CPU; numbers (B,) of the clips in the set.
     for update, (waveform, lengths, numbers) in enumerate(loader, first):
         for group in optimizer.param_groups:
-            group["lr"] = group["share"] * three_stage_lr(update, args.updates, args.lr, args.stages)
-        generator = torch.Generator().manual_seed(derive_seed(1, args.seed, update))
+            group["lr"] = group["lr_share"] * three_stage_lr(update, args.updates, args.lr, args.stages)
+        generator = torch.Generator().manual_seed(derive_seed(1, args.seed, update))    # the same on any device
         torch.manual_seed(derive_seed(2, args.seed, update, rank))                      # dropout
         versions, padding = augment_batch(waveform.to(device, non_blocking=True), lengths, frontend, args, generator,
                                           rank, world)
         target = torch.from_numpy(training.targets(numbers)).to(device)
-        loss = add_gradients(wrapped, versions, padding, target, args) / world
+        loss = add_gradients(wrapped, versions, padding, target, args) / world          # our share of the mean
         sums = torch.stack([loss, loss.new_tensor(len(signals))])
         if world > 1:
             dist.all_reduce(sums)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)                          # as in pre-training
         loss, stopping, norm = torch.cat([sums, norm[None]]).tolist()                   # waits for the device, once
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
@@ -533,7 +535,7 @@ def train(model, frontend, training, valid, args, processes, label, save, state)
                              f"with {', '.join(training.names[n] for n in numbers[:3])}, ...: lower --lr")
 
         done = update + 1
-        bar.show(done, f"loss {loss:.3f}" + f" best {scores['best'] or 0:.3f}" * (len(valid) > 0))
+        bar.show(done, f"loss {loss:.3f}" + (f" best {scores['best']:.3f}" if scores["best"] is not None else ""))
         if len(valid) and (done == args.updates or done % validate_every == 0):
             scores["last"], _ = evaluate(model, frontend, valid, args, device, rank, world)
             if scores["best"] is None or scores["last"] > scores["best"]:
@@ -543,7 +545,7 @@ def train(model, frontend, training, valid, args, processes, label, save, state)
                 save(model, update=done, frontend=frontend.state_dict(), optimizer=optimizer.state_dict(),
                      scores=scores, best_weights=best_weights)
             if stopping:
-                finish(args, rank, world, signals, stopped=True)
+                finish(args, rank, world, signals, stopped=True)        # exits
     bar.close()
     if best_weights:
         model.load_state_dict(best_weights)
@@ -582,13 +584,14 @@ def main():
         return run_inference(args)
     if args.download and int(os.environ.get("RANK", 0)) == 0:
         download_esc50(args.root)       # before the processes join: the others wait ten minutes at most after that
-    processes = init_distributed(args, state)
-    device, rank, world, _ = processes
+    device, rank, world, signals = processes = init_distributed(args, state)
     init, out = load_checkpoint(args.init, "pretrain.py") if args.init else None, Path(args.out)
     say = functools.partial(print, flush=True) if rank == 0 else lambda text: None
     data = load_labelled(args.data, args.root, say=say)
-    jobs, fingerprint = plan(data, args), hashlib.sha256(f"{data.fingerprint()} {' '.join(data.splits)} ".encode() + (
-        init["model"]["mask_embedding"].numpy().tobytes() if init else b"")).hexdigest()
+    jobs = plan(data, args)
+    # No two pre-trainings end with the same mask embedding.
+    start = init["model"]["mask_embedding"].numpy().tobytes() if init else b""
+    fingerprint = hashlib.sha256(f"{data.fingerprint()} {' '.join(data.splits)} ".encode() + start).hexdigest()
     if state and state["data"] != fingerprint:
         raise InputError(f"{out} was started with other clips, labels, splits or another --init: name the same again")
     state = state or dict(job=0, update=0, lines=[])
@@ -614,7 +617,7 @@ def main():
             say(f"fraction {fraction:g}: mean {data.metric} over {len(scores)} folds {np.mean(scores):.3f} "
                 f"(standard deviation {np.std(scores):.3f})")
     say(f"done: {out / 'results.jsonl'}")
-    finish(args, rank, world, processes[3], stopped=False)
+    finish(args, rank, world, signals, stopped=False)
 
 
 # ----------------------------------------------------------------------------------------------- using a model
@@ -666,12 +669,8 @@ def embed_windows(path, model, frontend, layer=None):
 
 def stats_of_windows(windows):
     """Mean and standard deviation over time (2 D,) of embeddings (L, D), of which only one is in memory at a time."""
-    count = total = squares = 0
-    for x in windows:
-        x = x.cpu().double()
-        count, total, squares = count + len(x), total + x.sum(0), squares + x.square().sum(0)
-    mean = total / count
-    return torch.cat([mean, (squares / count - mean.square()).clamp(min=0).sqrt()]).float()
+    mean, variance = mean_and_variance(windows)
+    return torch.cat([mean, variance.clamp(min=0).sqrt()]).float()
 
 
 def embed(path, model, frontend, layer=None, frames=False):

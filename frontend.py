@@ -104,24 +104,27 @@ class LogMel(nn.Module):
         """Set mean and standard deviation, per band, from an iterable of (waveform, lengths).
 
         waveform (B, S) as in `forward`; lengths (B,) in samples: what lies behind is padding.
-        Raises ValueError where there is no frame at all.
         """
+        def real_frames():
+            for waveform, lengths in batches:
+                log_mel = self(waveform, lengths).cpu()
+                yield log_mel[torch.arange(log_mel.shape[1]) < frame_count(lengths.cpu())[:, None]]
+
         self.mean.zero_()
         self.std.fill_(1)
-        count, total, squares = 0, 0.0, 0.0
-        for waveform, lengths in batches:
-            log_mel = self(waveform, lengths).cpu().double()                 # (B, T, 64)
-            real = torch.arange(log_mel.shape[1]) < frame_count(lengths.cpu())[:, None]
-            log_mel = log_mel[real]                                 # (frames, 64)
-            count += len(log_mel)
-            total = total + log_mel.sum(0)
-            squares = squares + log_mel.square().sum(0)
-        if count == 0:
-            raise ValueError("no audio to compute mean and standard deviation from")
-        mean = total / count
+        mean, variance = mean_and_variance(real_frames())
         self.mean.copy_(mean)
         # The floor keeps a band that is constant (all silence) from being blown up.
-        self.std.copy_((squares / count - mean.square()).clamp(min=1e-4).sqrt())
+        self.std.copy_(variance.clamp(min=1e-4).sqrt())
+
+
+def mean_and_variance(parts):
+    """Mean and variance (D,), float64, over the rows of tensors (N, D), of which only one is in memory at a time."""
+    count = total = squares = 0
+    for x in parts:
+        x = x.cpu().double()
+        count, total, squares = count + len(x), total + x.sum(0), squares + x.square().sum(0)
+    return total / count, squares / count - (total / count).square()
 
 
 def resample(waveform, from_rate, to_rate):

@@ -73,16 +73,6 @@ def mean_over_classes(values):
     return float(np.nanmean(values))
 
 
-def mean_average_precision(scores, labels):
-    """mAP: the mean of the average precision over the classes that some clip has."""
-    return mean_over_classes(average_precisions(scores, labels))
-
-
-def mean_area_under_roc(scores, labels):
-    """MAUC: the mean of the ROC-AUC over the classes that some clips have and some don't."""
-    return mean_over_classes(areas_under_roc(scores, labels))
-
-
 def lwlrap(scores, labels):
     """Label-weighted label-ranking average precision, of DCASE 2019 task 2 (FSDKaggle2019).
 

@@ -40,18 +40,14 @@ from frontend import SAMPLE_RATE, LogMel, frame_count, padding_mask
 from wav2vec2 import (COMMON, SIZES, SUMS, Wav2Vec2, collapse_warning, load_checkpoint, load_weights, span_mask,
                       summarize)
 
-# What these options are when not given. The paper's are those of small and large (Sec. 2.3); it does not state
-# batch size and seconds.
-SCHEDULES = {
-    "tiny": dict(updates=400, warmup=40, lr=1e-3, batch_size=32, seconds=5.0),
-    "small": dict(updates=300_000, warmup=10_000, lr=3e-4, batch_size=256, seconds=10.0),
-    "large": dict(updates=300_000, warmup=10_000, lr=3e-4, batch_size=256, seconds=10.0),
-}
+# Defaults of these options. The paper states those of small and large (Sec. 2.3) but for batch size and seconds.
+PAPER = dict(updates=300_000, warmup=10_000, lr=3e-4, batch_size=256, seconds=10.0)
+SCHEDULES = dict(tiny=dict(updates=400, warmup=40, lr=1e-3, batch_size=32, seconds=5.0), small=PAPER, large=PAPER)
 SETTINGS = (*SIZES["tiny"], *COMMON)        # names of a model's settings, the same in every size
 MAX_CONSECUTIVE_SKIPS = 10                  # updates in a row that may be skipped because they are not finite
 
-# Options of one start, which a resumed run does not take over; and others that may be given anew when a run is
-# resumed (data are compared by their fingerprint instead).
+# Options that hold for one start only, which a resumed run does not take over; and options that may differ when a run
+# is resumed (the data are compared by their fingerprint instead).
 OF_ONE_START = ("resume", "download", "tensorboard", "profile", "compile")
 MAY_CHANGE = ("out", "data", "root", "device", "workers", "micro_batch", "checkpoint_every", "log_every")
 
@@ -61,8 +57,8 @@ MAY_CHANGE = ("out", "data", "root", "device", "workers", "micro_batch", "checkp
 def parse_run(parser, argv, complete):
     """Parse the options of a run: those in `parser` and these. complete(args) fills in what depends on others.
 
-    Returns the options and, with --resume, the checkpoint to resume from, or None. Then the options that the run
-    was started with hold. Raises InputError for one on the command line that differs, and where --out holds a run
+    Returns the options and, with --resume, the checkpoint to resume from, or None. A resumed run keeps the options it
+    was started with. Raises InputError for one on the command line that differs, and where --out holds a run
     that --resume was not given for.
     """
     count = in_range(int, 1, 10**9)
@@ -103,10 +99,10 @@ def parse_run(parser, argv, complete):
 
 
 def init_distributed(args, checkpoint=None):
-    """Join the processes that torchrun started, if it did: returns (device, rank, world size, signals received).
+    """Join the processes that torchrun started, if it did: returns (device, rank, world size, signals).
 
-    SIGINT (Ctrl-C) and SIGTERM end a run after the update in progress, a second one at once: the list of those
-    received grows when one comes. Raises InputError for a device that is not there, a batch that can't be divided,
+    SIGINT (Ctrl-C) and SIGTERM end a run after the update in progress, a second one at once: `signals` is a list that
+    grows when one comes. Raises InputError for a device that is not there, a batch that can't be divided,
     and where not all processes found the same checkpoint.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -120,12 +116,12 @@ def init_distributed(args, checkpoint=None):
         # On Hopper, torch 2.11 and later prefer cuDNN's attention, which rounds the share that dropout drops
         # (pytorch#174245) and plans anew for every shape.
         torch.backends.cuda.enable_cudnn_sdp(False)
-    received = []
+    signals = []
 
     def handle(number, _):
-        if received:
+        if signals:
             sys.exit(128 + number)
-        received.append(number)
+        signals.append(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handle)
@@ -137,12 +133,13 @@ def init_distributed(args, checkpoint=None):
         dist.all_reduce(extremes, dist.ReduceOp.MAX)
         if extremes.sum() != 0:
             raise InputError(f"{args.out}: not all processes find the same checkpoint there; machines must share --out")
-    return device, rank, world, received
+    return device, rank, world, signals
 
 
 def autocast(device, dtype):
     """Context for the model's forward pass: bfloat16 if --dtype says so or, without it, on CUDA."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=(dtype or {"cuda": "bf16"}.get(device.type)) == "bf16")
+    bf16 = dtype == "bf16" or dtype is None and device.type == "cuda"
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
 def save_checkpoint(path, model, **content):
@@ -162,7 +159,7 @@ def save_checkpoint(path, model, **content):
 
 
 def finish(args, rank, world, signals, stopped):
-    """Leave the other processes and, if a signal stopped the run, exit as a shell reports it."""
+    """Leave the other processes and, if a signal stopped the run, exit with the shell's code for it: 128 + number."""
     if world > 1:
         dist.barrier()          # the first process has written the checkpoint
         dist.destroy_process_group()
@@ -210,13 +207,13 @@ def parse(argv=None):
             ("first-kernel", size, "steps of the first block's convolution (31)"),
             ("kernel", size, "steps of the other blocks' (15)"),
             ("dropout", in_range(float, 0, 0.99), "share of activations dropped (0.1)"),
-            ("norm", str, "in the convolution: group (default) or batch"),
             ("stack", size, "R, log-mel frames in a latent (4)"), ("latent-dim", size, "width of a latent (256)"),
             ("mask-prob", in_range(float, 0, 1), "share of latents masked (0.3); more makes the task harder"),
             ("mask-length", size, "latents in a masked span (3); shorter ones are easier to predict"),
             ("distractors", size, "K (100)"),
             ("temperature", positive, "divides similarities (0.1); larger blurs the choice")):
-        group.add_argument(f"--{name}", type=kind, choices=["group", "batch"] if name == "norm" else None, help=text)
+        group.add_argument(f"--{name}", type=kind, help=text)
+    group.add_argument("--norm", choices=["group", "batch"], help="in the convolution (group)")
 
     group = parser.add_argument_group("optimisation (Sec. 2.3)")
     group.add_argument("--updates", type=count, help="of the whole run (tiny: 400, else 300000)")
@@ -241,14 +238,15 @@ def parse(argv=None):
 
 
 class Log:
-    """A run's progress: the bar, log.jsonl and, if wanted, TensorBoard's curves. Continues after update `first`:
-    later lines, and one that a killed run left incomplete, are dropped. Raises InputError without tensorboard."""
+    """A run's progress: the bar, log.jsonl and, if wanted, TensorBoard's curves. Continues after `done` updates: later
+    lines, and one that a killed run left incomplete, are dropped. `flops` are those of a clip. Raises InputError
+    without tensorboard."""
 
-    def __init__(self, out, first, args, flops):
+    def __init__(self, out, done, args, flops):
         self.lock, path = claim(out), out / "log.jsonl"
-        lines = path.read_text().splitlines(True) if first and path.exists() else []
+        lines = path.read_text().splitlines(True) if done and path.exists() else []
         write_whole(path, "".join(
-            line for line in lines if line.endswith("}\n") and json.loads(line)["update"] <= first))
+            line for line in lines if line.endswith("}\n") and json.loads(line)["update"] <= done))
         self.file, self.board = open(path, "a", buffering=1), None      # noqa: SIM115
         if args.tensorboard:
             try:
@@ -256,9 +254,9 @@ class Log:
             except ImportError:
                 raise InputError("--tensorboard needs another package: pip install tensorboard") from None
             self.board = SummaryWriter(out)
-        self.bar = Bar(args.updates, first, "pre-train")
-        self.batch_size, self.flops = args.batch_size, flops            # of a clip
-        self.warned, self.last_time, self.last_update = False, time.time(), first
+        self.bar = Bar(args.updates, done, "pre-train")
+        self.batch_size, self.flops = args.batch_size, flops
+        self.warned, self.last_time, self.last_update = False, time.time(), done
 
     def write(self, update, **figures):
         """A line of log.jsonl, and a point of each curve."""
@@ -346,7 +344,7 @@ def build(args, checkpoint, source, device):
         model, frontend = Wav2Vec2(args.size, **changes).to(device).train(), LogMel().to(device)
     except ValueError as error:
         raise InputError(str(error)) from None
-    latents = model.rand_shape(1, frame_count(round(args.seconds * SAMPLE_RATE)))[1]
+    latents = model.latent_count(frame_count(round(args.seconds * SAMPLE_RATE)))
     if not span_mask(torch.rand(1, latents), model.settings["mask_prob"], model.settings["mask_length"]).any():
         raise InputError(f"--seconds {args.seconds:g} gives {latents} latents, too few to mask some and see others: "
                          "make it longer, or --mask-length or --stack smaller")
@@ -370,57 +368,58 @@ def main():
     device, rank, world, signals = init_distributed(args, checkpoint)
     out, samples, local_batch = Path(args.out), round(args.seconds * SAMPLE_RATE), args.batch_size // world
     micro_batch, mine = args.micro_batch or local_batch, slice(rank * local_batch, (rank + 1) * local_batch)
-    source, held_out = (open_source(args.data, args.seconds, held_out) for held_out in (False, True))
+    source, held_out = open_source(args.data, args.seconds), open_source(args.data, args.seconds, held_out=True)
     model, frontend = build(args, checkpoint, source, device)
     parameters, frames = list(model.parameters()), frame_count(samples)
     # Adam with decoupled weight decay, as in fairseq (Sec. 2.3).
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=args.weight_decay,
                                   fused=device.type != "mps")
-    first, skipped, skips_in_a_row, window = 0, 0, 0, [0.0] * (2 + len(SUMS))
+    # Updates done before; skipped ones; and, since the last line of the log, the sums of 1, gradient norm and SUMS.
+    start, skipped, skips_in_a_row, window = 0, 0, 0, [0.0] * (2 + len(SUMS))
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
-        first, skipped, window = checkpoint["update"], checkpoint["skipped"], checkpoint["window"]
+        start, skipped, window = checkpoint["update"], checkpoint["skipped"], checkpoint["window"]
     wrapped = model if world == 1 else DistributedDataParallel(model)
-    loader = batches(source, args.batch_size, args.updates, args.seed, first, rank, world, args.workers, samples)
+    loader = batches(source, args.batch_size, args.updates, args.seed, start, rank, world, args.workers, samples)
     if args.profile:
         loader = profiled(loader, out, rank)
     if rank == 0:
-        log = Log(out, first, args, model.flops(frames))
+        log = Log(out, start, args, model.flops(frames))
         print(f"{args.size}, {sum(p.numel() for p in parameters) / 1e6:.1f} M parameters, on {device} x {world}; "
               f"{' '.join(args.data)}, {len(source)} crops of {args.seconds:g} s in an epoch; "
-              + (f"resumed after update {first}" if checkpoint else "chance is the accuracy of a blind guess"))
-    began, done, stopping = time.time(), first, 0
+              + (f"resumed after update {start}" if checkpoint else "chance is the accuracy of a blind guess"))
+    began, done, stopping = time.time(), start, 0
 
     # waveform (B, S) int16 and lengths (B,) in samples, on the CPU; numbers (B,) of the crops in the source.
-    for update, (waveform, lengths, numbers) in enumerate(loader, first):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(update, args.lr, args.warmup, args.updates)
+    for update, (waveform, lengths, numbers) in enumerate(loader, start):
+        lr = optimizer.param_groups[0]["lr"] = learning_rate(update, args.lr, args.warmup, args.updates)
         # Masks and distractors are drawn for the whole batch, so that they do not depend on the number of processes.
         generator = torch.Generator(device).manual_seed(derive_seed(1, args.seed, update))
         rand = torch.rand(model.rand_shape(args.batch_size, frames), device=device, generator=generator)[mine]
         torch.manual_seed(derive_seed(2, args.seed, update, rank))                      # dropout
 
-        sums = torch.zeros(1 + len(SUMS), device=device)                                # over the whole batch
+        # Summed over micro-batches and processes: signals, so that all stop at the same update, and SUMS.
+        sums = torch.zeros(1 + len(SUMS), device=device)
         sums[0] = len(signals)
         for i in range(0, local_batch, micro_batch):
             part = slice(i, i + micro_batch)
             log_mel = frontend(waveform[part].to(device, non_blocking=True), lengths[part])         # (B, T, 64)
-            wrapped.require_backward_grad_sync = i + micro_batch == local_batch         # between processes: once
+            wrapped.require_backward_grad_sync = i + micro_batch == local_batch         # DDP: in the last part only
             with autocast(device, args.dtype):
                 result = wrapped(log_mel, padding_mask(lengths[part], log_mel), rand[part])
-            (result.loss * result.count).backward()
+            (result.loss * result.count).backward()                                     # the sum over masked steps
             sums[1:] += result.sums
         if world > 1:
             dist.all_reduce(sums)
-        # The gradient is now the sum over masked steps, which DDP divided by the number of processes: make it the mean.
+        # From the sum to the mean: sums[1] counts the masked steps, and DDP divided by the number of processes.
         torch._foreach_mul_([p.grad for p in parameters], world / sums[1].clamp(min=1))
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-        stopping, *figures, norm = torch.cat([sums, norm[None]]).tolist()               # waits for the device, once
-        finite = all(map(math.isfinite, (norm, *figures)))
-        if finite:
+        stopping, *totals, norm = torch.cat([sums, norm[None]]).tolist()                # waits for the device, once
+        if all(map(math.isfinite, (norm, *totals))):
             optimizer.step()
-            window = [total + x for total, x in zip(window, (1, norm, *figures), strict=True)]
-        skipped, skips_in_a_row = (skipped, 0) if finite else (skipped + 1, skips_in_a_row + 1)
+            window, skips_in_a_row = [a + b for a, b in zip(window, (1, norm, *totals), strict=True)], 0
+        else:
+            skipped, skips_in_a_row = skipped + 1, skips_in_a_row + 1
         optimizer.zero_grad()
         if skips_in_a_row == MAX_CONSECUTIVE_SKIPS:
             raise InputError(f"loss or gradient not finite in {skips_in_a_row} updates in a row, now at {update + 1} "
@@ -431,7 +430,7 @@ def main():
         if rank == 0:
             log.bar.update()
             if (done % args.log_every == 0 or done == args.updates) and window[0]:
-                log.write_training(done, window, lr=group["lr"], skipped=skipped)
+                log.write_training(done, window, lr=lr, skipped=skipped)
                 window = [0.0] * len(window)
             if due and len(held_out):
                 log.write_held_out(done, model, frontend, held_out, args, device)
@@ -445,7 +444,7 @@ def main():
     if rank == 0:
         log.bar.close()
         if done == args.updates:
-            print(f"{done - first} updates in {(time.time() - began) / 60:.1f} min: {out / 'checkpoint.pt'}; now "
+            print(f"{done - start} updates in {(time.time() - began) / 60:.1f} min: {out / 'checkpoint.pt'}; now "
                   f"python finetune.py --init" + f" {out}" * (args.out != "runs/pretrain"))
     finish(args, rank, world, signals, stopping and done < args.updates)
 

@@ -34,10 +34,10 @@ import finetune
 import metrics
 import pretrain
 import wav2vec2
-from conformer import BatchNorm, ConformerBlock, Dropout, SelfAttention, depthwise
+from conformer import BatchNorm, ConformerBlock, Dropout, SelfAttention, convolve_by_channel
 from datasets import InputError
 from frontend import LogMel, padding_mask, resample
-from metrics import accuracy, mean_average_precision
+from metrics import accuracy, areas_under_roc, average_precisions, mean_over_classes
 from wav2vec2 import Wav2Vec2, load_checkpoint
 
 os.environ.update(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")         # all runs here are on the CPU, one thread each
@@ -321,7 +321,8 @@ def toeplitz_product(x, weight, bias):
 
 
 @pytest.mark.parametrize("way", [
-    functools.partial(depthwise, channels_first=False), functools.partial(depthwise, channels_first=True),
+    functools.partial(convolve_by_channel, channels_first=False),
+    functools.partial(convolve_by_channel, channels_first=True),
     sum_of_shifts, toeplitz_product])
 def test_ways_to_convolve_by_channel_are_the_definition(way):
     """Both that are used, on a CPU and on CUDA, and two more to try there."""
@@ -949,15 +950,15 @@ def scored(request):
 def test_mean_average_precision_is_the_definition(scored):
     scores, labels = scored
     expected = np.mean([slow_average_precision(scores[:, c], labels[:, c]) for c in (0, 1, 2, 4)])
-    assert mean_average_precision(scores, labels) == pytest.approx(expected)
-    assert mean_average_precision(torch.tensor(scores), torch.tensor(labels)) == pytest.approx(expected)
+    assert mean_over_classes(average_precisions(scores, labels)) == pytest.approx(expected)
+    assert mean_over_classes(average_precisions(*map(torch.tensor, scored))) == pytest.approx(expected)
 
 
 def test_mean_area_under_roc_is_the_definition(scored):
     scores, labels = scored
     expected = [slow_area_under_roc(scores[:, c], labels[:, c]) for c in (0, 1, 2)]
-    assert metrics.mean_area_under_roc(scores, labels) == pytest.approx(np.mean(expected))
-    assert np.isnan(metrics.areas_under_roc(scores, labels)).tolist() == [False] * 3 + [True] * 2
+    assert mean_over_classes(areas_under_roc(scores, labels)) == pytest.approx(np.mean(expected))
+    assert np.isnan(areas_under_roc(scores, labels)).tolist() == [False] * 3 + [True] * 2
 
 
 def test_lwlrap_is_the_definition(scored):
@@ -969,8 +970,7 @@ def test_lwlrap_is_the_definition(scored):
 def test_saturated_probabilities_tie_but_logits_do_not():
     logits = torch.tensor([[30.0], [40.0], [2.0]])
     labels = [[0], [1], [0]]
-    assert metrics.mean_area_under_roc(logits, labels) == 1
-    assert metrics.mean_area_under_roc(logits.sigmoid(), labels) == 0.75
+    assert areas_under_roc(logits, labels) == 1 and areas_under_roc(logits.sigmoid(), labels) == 0.75
 
 
 def test_accuracy_counts_right_answers():
@@ -981,10 +981,9 @@ def test_accuracy_counts_right_answers():
 
 
 def test_metrics_refuse_what_has_no_answer():
-    with pytest.raises(ValueError, match="no class"):
-        mean_average_precision(np.ones((3, 2)), np.zeros((3, 2)))
-    with pytest.raises(ValueError, match="no class"):
-        metrics.mean_area_under_roc(np.ones((3, 2)), np.ones((3, 2)))
+    for metric, labels in ((average_precisions, np.zeros((3, 2))), (areas_under_roc, np.ones((3, 2)))):
+        with pytest.raises(ValueError, match="no class"):
+            mean_over_classes(metric(np.ones((3, 2)), labels))
     with pytest.raises(ValueError, match="no clip"):
         metrics.lwlrap(np.ones((3, 2)), np.zeros((3, 2)))
     with pytest.raises(ValueError, match="not a number"):

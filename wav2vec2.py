@@ -36,8 +36,8 @@ COMMON = dict(
     temperature=0.1,    # divides the similarities of Eq. 1, as in wav2vec 2.0
 )
 
-# What a batch is summed up in, see `Wav2Vec2.forward`: sums of micro-batches and of processes just add.
-SUMS = ("count", "loss", "correct", "chance", "masked", "steps", "duplicates", "variance", "cosine", "pairs",
+# Sums over a batch, see `Wav2Vec2.forward`: those of micro-batches and processes just add, `summarize` divides them.
+SUMS = ("count", "loss", "correct", "chance", "masked", "steps", "duplicates", "deviations", "cosine", "pairs",
         "too_short")
 
 
@@ -61,7 +61,7 @@ def summarize(sums):
         accuracy=s["correct"] / count,                      # share whose own latent scores above all distractors
         chance=s["chance"] / count,                         # the accuracy of a blind guess
         masked=s["masked"] / max(s["steps"], 1),            # share of the latents that are masked
-        latent_std=(s["variance"] / masked) ** 0.5,         # of the masked latents over time
+        latent_std=(s["deviations"] / masked) ** 0.5,       # of the masked latents over time
         latent_cosine=s["cosine"] / max(s["pairs"], 1),     # mean between two masked latents of a clip
         duplicates=s["duplicates"] / masked,                # share of distractors that equal the target
         dropped=s["masked"] - s["count"],                   # masked steps without any other distractor
@@ -124,16 +124,16 @@ def span_mask(rand, mask_prob, mask_length, padding_mask=None):
     # A step is masked as soon as a span that covers it is: one that starts on it or just before.
     score = F.max_pool1d(F.pad(rand, (mask_length - 1, 0), value=-1), mask_length, stride=1)    # (B, L)
     score = score.masked_fill(padding_mask, -2)
-    rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    order = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     number = (mask_prob * lengths).round().clamp(min=mask_length + 1).minimum(lengths - 1)
-    return rank < torch.where(lengths > mask_length + 1, number, 0)
+    return order < torch.where(lengths > mask_length + 1, number, 0)
 
 
 def masked_steps(mask, mask_prob, mask_length):
     """Positions of the masked steps, in order: mask (B, L) -> steps (B, M), valid (B, M).
 
-    M is the largest number that `span_mask` masks of L steps, known without looking at the mask, so
-    that a GPU need not be waited for. Clips with fewer are filled up; `valid` is False there.
+    M is at least the number that `span_mask` masks of L steps (one more at most), known without looking at
+    the mask, so that a GPU need not be waited for. Clips with fewer are filled up; `valid` is False there.
     """
     L = mask.shape[1]
     M = min(L, max(int(mask_prob * L) + 1, mask_length + 1))
@@ -162,8 +162,8 @@ def contrastive_loss(context, targets, distractors, valid, temperature):
     is 1.0 in the equation as printed.
 
     Returns the loss (B, M) in nats at each step, 0 where it does not count, and a dictionary of (B, M)
-    figures: `counts`, `correct`, `chance`, `duplicates`. A distractor that equals its target (silence, a
-    loop) has no right answer: it is left out, and a step that has none left does not count. If such a step
+    figures: `counts`, `correct`, `chance`, `duplicates`. A distractor equal to its target (silence, a loop)
+    can't be told from it: it is left out, and a step that has none left does not count. If such a step
     counted, its loss would be 0, and a collapsed model would look perfect.
     """
     with torch.autocast(context.device.type, enabled=False):     # bf16 would blur the differences
@@ -191,10 +191,23 @@ def latent_health(z, valid):
     count = valid.sum(1)                                                        # (B,)
     z = z * valid[:, :, None]
     mean = z.sum(1, keepdim=True) / count.clamp(min=1)[:, None, None]
-    variance = ((z - mean).square().mean(2) * valid).sum()
+    deviations = ((z - mean).square().mean(2) * valid).sum()
     # The cosines of all pairs add up to the squared length of the sum of the unit vectors.
     cosine = F.normalize(z, dim=2).sum(1).square().sum(1) - count
-    return variance, cosine.sum(), (count * (count - 1)).sum()
+    return deviations, cosine.sum(), (count * (count - 1)).sum()
+
+
+def check_settings(s):
+    """Raise ValueError for a model's settings that are impossible, or ask for memory that nobody has."""
+    for name in ("dim", "blocks", "heads", "ffn_dim", "stack", "latent_dim", "mask_length", "distractors"):
+        if not 1 <= s[name] <= 16_384:
+            raise ValueError(f"{name} must be 1 to 16384, not {s[name]}")
+    if s["blocks"] * s["dim"] * (4 * s["ffn_dim"] + 7 * s["dim"]) > 10**10:      # of four modules in each block
+        raise ValueError("these sizes make over 10 billion weights, more than a machine could hold")
+    if not 0 < s["mask_prob"] < 1 or not 0 <= s["dropout"] < 1 or not s["temperature"] > 0:
+        raise ValueError("mask_prob must lie between 0 and 1, dropout in [0, 1), temperature over 0")
+    if s["norm"] not in ("group", "batch"):
+        raise ValueError(f"norm must be group or batch, not {s['norm']}")
 
 
 class Wav2Vec2(nn.Module):
@@ -212,15 +225,7 @@ class Wav2Vec2(nn.Module):
         if unknown := changes.keys() - settings.keys():
             raise ValueError(f"no setting {', '.join(unknown)}: there are {', '.join(settings)}")
         self.settings = s = {**settings, **changes}     # all of it, to build the same model again
-        for name in ("dim", "blocks", "heads", "ffn_dim", "stack", "latent_dim", "mask_length", "distractors"):
-            if not 1 <= s[name] <= 16_384:              # more would only ask for memory that nobody has
-                raise ValueError(f"{name} must be 1 to 16384, not {s[name]}")
-        if s["blocks"] * s["dim"] * (4 * s["ffn_dim"] + 7 * s["dim"]) > 10**10:      # of four modules in each block
-            raise ValueError("these sizes make over 10 billion weights, more than a machine could hold")
-        if not 0 < s["mask_prob"] < 1 or not 0 <= s["dropout"] < 1 or not s["temperature"] > 0:
-            raise ValueError("mask_prob must lie between 0 and 1, dropout in [0, 1), temperature over 0")
-        if s["norm"] not in ("group", "batch"):
-            raise ValueError(f"norm must be group or batch, not {s['norm']}")
+        check_settings(s)
         self.features = FeatureEncoder(s["stack"], s["latent_dim"])
         self.mask_embedding = nn.Parameter(torch.rand(s["latent_dim"]))
         self.input_proj = nn.Linear(s["latent_dim"], s["dim"])
@@ -229,8 +234,8 @@ class Wav2Vec2(nn.Module):
         self.output_proj = nn.Linear(s["dim"], s["latent_dim"])
 
     def block_number(self, layer):
-        """The number of a block, from 1 on: of "last", or of "middle", whose embeddings tell sounds apart best. Raises
-        InputError where there are fewer."""
+        """The number of a block, from 1 on: of "last", or of "middle", whose embeddings did best on ESC-10 (README).
+        Raises InputError where there are fewer."""
         blocks = self.settings["blocks"]
         number = {"middle": (blocks + 1) // 2, "last": blocks}.get(layer, layer)
         if number > blocks:
@@ -243,15 +248,19 @@ class Wav2Vec2(nn.Module):
         z, padding_mask = self.features(log_mel, padding_mask)
         return self.conformer(self.input_proj(z), padding_mask, layer), padding_mask
 
+    def latent_count(self, frames):
+        """Number of latents L of so many frames."""
+        return -(-frames // self.settings["stack"])
+
     def rand_shape(self, clips, frames):
         """Shape (B, L, 1 + K) of the random numbers that `forward` takes. Column 0 orders the spans;
         of the rest, row m draws the distractors of the m-th masked step."""
-        return clips, -(-frames // self.settings["stack"]), 1 + self.settings["distractors"]
+        return clips, self.latent_count(frames), 1 + self.settings["distractors"]
 
     def flops(self, frames):
         """Floating point operations of a training step on a clip of so many frames: two for each weight and
         latent, three times over for forward and backward pass, and those of attention."""
-        L = self.rand_shape(1, frames)[1]
+        L = self.latent_count(frames)
         weights = sum(p.numel() for p in self.parameters())
         return 6 * weights * L + 12 * self.settings["blocks"] * self.settings["dim"] * L**2
 
@@ -288,12 +297,14 @@ class Wav2Vec2(nn.Module):
         loss, at = contrastive_loss(context, targets, distractors, valid, self.settings["temperature"])
 
         with torch.no_grad():
-            count, masked = at["counts"].sum(), valid.sum()
-            real = masked.new_tensor(mask.numel()) if padding_mask is None else (~padding_mask).sum()
-            sums = torch.stack([x.float() for x in (
-                count, loss.sum(), at["correct"].sum(), at["chance"].sum(), masked, real, at["duplicates"].sum(),
-                *latent_health(targets.float(), valid), (~mask.any(1)).sum())])
-        return PretrainOutput(loss.sum() / count.clamp(min=1), count, sums)
+            deviations, cosine, pairs = latent_health(targets.float(), valid)
+            sums = dict(
+                count=at["counts"].sum(), loss=loss.sum(), correct=at["correct"].sum(), chance=at["chance"].sum(),
+                masked=valid.sum(), duplicates=at["duplicates"].sum(), too_short=(~mask.any(1)).sum(),
+                steps=torch.ones_like(mask).sum() if padding_mask is None else (~padding_mask).sum(),
+                deviations=deviations, cosine=cosine, pairs=pairs)
+            vector = torch.stack([sums[name].float() for name in SUMS])
+        return PretrainOutput(loss.sum() / sums["count"].clamp(min=1), sums["count"], vector)
 
 
 def load_checkpoint(run, script=None):
