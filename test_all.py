@@ -422,6 +422,7 @@ def test_feature_encoder_stacks_four_frames_and_fills_the_last():
                                 torch.arange(16)[None] >= 10)
     torch.testing.assert_close(z_padded[:, :3], z)
     assert padding.tolist() == [[False, False, False, True]]
+    assert Wav2Vec2("tiny", **SMALL).latent_count(10) == 3
 
 
 def test_flops_of_the_published_sizes():
@@ -584,10 +585,11 @@ def test_sums_of_parts_are_those_of_the_whole():
     assert whole.loss.item() == pytest.approx(wav2vec2.summarize(whole.sums.tolist())["loss"])
 
 
-def test_health_figures_are_the_definitions():
-    model = Wav2Vec2("tiny", **SMALL).eval()
+def test_health_figures_are_the_definitions(monkeypatch):
+    model, calls = Wav2Vec2("tiny", **SMALL).eval(), spy(monkeypatch, wav2vec2, "contrastive_loss")
     log_mel, rand = torch.randn(2, 80, 64), torch.rand(2, 20, 101)
     out = model(log_mel, rand=rand)
+    (_, (_, at)), = calls
     figures = wav2vec2.summarize(out.sums.tolist())
     mask = wav2vec2.span_mask(rand[:, :, 0], 0.3, 3)
     z, _ = model.features(log_mel)
@@ -598,7 +600,9 @@ def test_health_figures_are_the_definitions():
     assert figures["latent_std"] == pytest.approx(np.sqrt(np.mean([clip.var(0).mean() for clip in clips])), abs=1e-5)
     assert figures["masked"] == pytest.approx(6 / 20) and out.count == 12
     assert figures["dropped"] == figures["duplicates"] == figures["too_short"] == 0
-    assert figures["loss"] == pytest.approx(out.loss.item()) and 0 <= figures["accuracy"] <= 1
+    assert figures["loss"] == pytest.approx(out.loss.item())
+    assert figures["accuracy"] == pytest.approx(at["correct"].sum().item() / 12)
+    assert figures["chance"] == pytest.approx(at["chance"].sum().item() / 12) != figures["accuracy"]
 
 
 def test_silence_is_reported_and_harmless():
@@ -2783,9 +2787,14 @@ def test_memory_that_runs_out_is_said_in_a_line(monkeypatch, call, error):
     assert "out of memory: give a smaller" in call("pretrain.py", code=2)
 
 
-def test_resuming_notices_other_splits(esc50, tmp_path, call):
-    options = ["finetune.py", *esc50, "--updates", 2, "--out", tmp_path / "run"]
+def test_resuming_notices_other_splits_and_another_pretraining(esc50, undropped, tmp_path, call):
+    options = ["finetune.py", *esc50, "--init", undropped, "--updates", 2, "--out", tmp_path / "run"]
     call(*options)
+    whole, content = undropped.read_bytes(), load_checkpoint(undropped)
+    content["model"]["mask_embedding"] += 1
+    torch.save(content, undropped)
+    assert "another --init" in call(*options, "--resume", code=2)
+    undropped.write_bytes(whole)
     table = tmp_path / "data" / "meta" / "esc50.csv"
     table.write_text(table.read_text().replace("1-100-A-0.wav,1", "1-100-A-0.wav,2"))
     assert "splits" in call(*options, "--resume", code=2)
