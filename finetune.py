@@ -426,7 +426,7 @@ def build(args, training, init, device):
         for block in encoder.conformer.blocks:
             block.compile()             # in place: the names of the weights stay the same
     model = Classifier(encoder, len(training.classes), args.head, args.head_dropout, args.freeze, args.layer)
-    return model.to(device), frontend.to(device)
+    return model.to(device).train(), frontend.to(device)        # `train` also keeps a frozen encoder in evaluation mode
 
 
 @torch.no_grad()
@@ -496,7 +496,6 @@ def train(model, frontend, training, valid, args, processes, label, save, state)
     `state` is the content of one, or has update=0. Raises InputError after MAX_CONSECUTIVE_SKIPS updates in a row that
     are not finite."""
     device, rank, world, signals = processes
-    model.train()
     wrapped = model if world == 1 else DistributedDataParallel(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [dict(params=model.linear.parameters(), lr_share=1.0),

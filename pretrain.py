@@ -381,8 +381,7 @@ def main():
         start, skipped, window = checkpoint["update"], checkpoint["skipped"], checkpoint["window"]
     wrapped = model if world == 1 else DistributedDataParallel(model)
     loader = batches(source, args.batch_size, args.updates, args.seed, start, rank, world, args.workers, samples)
-    if args.profile:
-        loader = profiled(loader, out, rank)
+    loader = profiled(loader, out, rank) if args.profile else loader
     if rank == 0:
         log = Log(out, start, args, model.flops(frames))
         print(f"{args.size}, {sum(p.numel() for p in parameters) / 1e6:.1f} M parameters, on {device} x {world}; "
