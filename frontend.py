@@ -104,11 +104,13 @@ class LogMel(nn.Module):
         """Set mean and standard deviation, per band, from an iterable of (waveform, lengths).
 
         waveform (B, S) as in `forward`; lengths (B,) in samples: what lies behind is padding.
+        Raises ValueError where there is no frame at all.
         """
         def real_frames():
             for waveform, lengths in batches:
-                log_mel = self(waveform, lengths).cpu()
-                yield log_mel[torch.arange(log_mel.shape[1]) < frame_count(lengths.cpu())[:, None]]
+                log_mel = self(waveform, lengths)
+                padding = padding_mask(lengths, log_mel)
+                yield log_mel.flatten(0, 1) if padding is None else log_mel[~padding]
 
         self.mean.zero_()
         self.std.fill_(1)
@@ -119,11 +121,14 @@ class LogMel(nn.Module):
 
 
 def mean_and_variance(parts):
-    """Mean and variance (D,), float64, over the rows of tensors (N, D), of which only one is in memory at a time."""
+    """Mean and variance (D,), float64, over the rows of tensors (N, D), of which only one is in memory at a time.
+    Raises ValueError where there is no row."""
     count = total = squares = 0
     for x in parts:
         x = x.cpu().double()
         count, total, squares = count + len(x), total + x.sum(0), squares + x.square().sum(0)
+    if count == 0:
+        raise ValueError("there is nothing to compute mean and standard deviation from")
     return total / count, squares / count - (total / count).square()
 
 

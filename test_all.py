@@ -60,18 +60,23 @@ def same_start():
         signal.signal(number, handler)
 
 
-def run(script, *options, processes=None):
-    """Run a script as its user does, perhaps by torchrun. Returns what it printed."""
-    start = [sys.executable] if processes is None else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    result = subprocess.run([*start, str(HERE / script), *map(str, options)], text=True, capture_output=True)
+def command(script, *options, processes=None):
+    """The words that start a script as its user does, perhaps by torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+    return [sys.executable, *torchrun, str(HERE / script), *map(str, options)]
+
+
+def run(script, *options):
+    """Run a script as its user does. Returns what it printed."""
+    result = subprocess.run(command(script, *options), text=True, capture_output=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
 
 def run_forked(script, *options, processes=1):
     """Run a script in processes that join as torchrun's do, but are forked from this one: they need not import torch
-    again, and where parts of the modules have been replaced, they are there too. Returns how each ended."""
+    again, and where parts of the modules have been replaced, they are there too. Returns how each ended: None for one
+    that did not within a minute."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
 
@@ -85,8 +90,11 @@ def run_forked(script, *options, processes=1):
     for process in started:
         process.start()
     for process in started:
-        process.join(300)
-    return [process.exitcode for process in started]
+        process.join(60)
+    ended = [process.exitcode for process in started]
+    for process in started:
+        process.kill()
+    return ended
 
 
 @pytest.fixture
@@ -456,6 +464,13 @@ def test_span_mask_is_the_definition(mask_prob, mask_length):
     mask = wav2vec2.span_mask(rand, mask_prob, mask_length, padding)
     for i, n in enumerate(lengths):
         assert mask[i].tolist() == slow_span_mask(rand[i].tolist(), mask_prob, mask_length, n)
+
+
+def test_span_mask_masks_three_tenths_in_spans():
+    mask = wav2vec2.span_mask(torch.rand(500, 125), 0.3, 3)
+    assert (mask.sum(1) == 38).all()                            # 30% of 125, in every clip
+    runs = [len(run) for row in mask for run in "".join("x" if m else " " for m in row).split()]
+    assert sum(n >= 3 for n in runs) / len(runs) > 0.9          # one span a clip may be cut short
 
 
 def test_some_of_a_clip_is_always_visible():
@@ -2033,16 +2048,14 @@ def kill_and_resume(script, options, whole, out, kills, processes=None):
     The process ends at once, as by SIGKILL: an alarm that Python leaves to the system.
     """
     began = time.time()
-    run(script, *options, "--out", whole, processes=processes)
+    subprocess.run(command(script, *options, "--out", whole, processes=processes), check=True, capture_output=True)
     duration, random, killed = time.time() - began, np.random.default_rng(0), 0
     while killed < kills:
         shutil.rmtree(out, ignore_errors=True)
         ended = None
         while ended != 0:
-            process = subprocess.Popen(
-                [sys.executable, *(["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-                                   if processes else []), HERE / script, *map(str, options), "--out", out, "--resume"],
-                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+            process = subprocess.Popen(command(script, *options, "--out", out, "--resume", processes=processes),
+                                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
             try:
                 ended = process.wait(duration * random.uniform(0.4, 1.2))
             except subprocess.TimeoutExpired:
@@ -2175,9 +2188,8 @@ def test_a_signal_ends_fine_tuning_which_resumes_with_its_best_weights(pretraine
 def test_all_processes_stop_at_the_same_update_and_another_number_resumes(pretrained, tmp_path, call):
     """Only one of two processes gets the signal. One process goes on: equal up to rounding."""
     options = [*pretrained[0], "--dropout", 0, "--updates", 3000]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / "pretrain.py",
-         *map(str, options), "--out", tmp_path / "run"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command("pretrain.py", *options, "--out", tmp_path / "run", processes=2),
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log, children = tmp_path / "run" / "log.jsonl", Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while not (log.exists() and log.read_text().count("\n") > 3):
         assert process.poll() is None, process.stderr.read()
@@ -2330,8 +2342,8 @@ def test_gradients_do_not_depend_on_how_the_batch_is_split(pretrained, tmp_path,
     assert expected.norm() > 0.1
     call("pretrain.py", *options, "--micro-batch", 1, "--out", tmp_path / "passes of one clip")
     for processes in (2, 4):
-        assert not any(run_forked("pretrain.py", *options, "--out", tmp_path / f"{processes} processes",
-                                  processes=processes))
+        assert run_forked("pretrain.py", *options, "--out", tmp_path / f"{processes} processes",
+                          processes=processes) == [0] * processes
     for name in ("whole", "passes of one clip", "2 processes", "4 processes"):
         torch.testing.assert_close(gradients(tmp_path / name), expected, atol=1e-6, rtol=0)
 
@@ -2360,7 +2372,7 @@ def test_workers_may_be_spawned(pretrained, tmp_path, monkeypatch, call):
     (lambda: Path("/nowhere/at all").read_bytes(), "/nowhere/at all"),
     (lambda: os.kill(os.getpid(), signal.SIGKILL), "data was killed")])
 def test_a_data_worker_that_fails_ends_the_run_in_a_line(pretrained, tmp_path, monkeypatch, capfd, fault, message):
-    """Without waiting for the other workers."""
+    """Within a minute, and without waiting for the other workers."""
     crop, log, training = datasets.Packed.crop, pretrain.Log, []
 
     def fail(self, i, rng):

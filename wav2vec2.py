@@ -301,7 +301,7 @@ class Wav2Vec2(nn.Module):
             sums = dict(
                 count=at["counts"].sum(), loss=loss.sum(), correct=at["correct"].sum(), chance=at["chance"].sum(),
                 masked=valid.sum(), duplicates=at["duplicates"].sum(), too_short=(~mask.any(1)).sum(),
-                steps=torch.ones_like(mask).sum() if padding_mask is None else (~padding_mask).sum(),
+                steps=loss.new_full((), mask.numel()) if padding_mask is None else (~padding_mask).sum(),
                 deviations=deviations, cosine=cosine, pairs=pairs)
             vector = torch.stack([sums[name].float() for name in SUMS])
         return PretrainOutput(loss.sum() / sums["count"].clamp(min=1), sums["count"], vector)
