@@ -46,14 +46,17 @@ METRICS = dict(accuracy=metrics.accuracy, mAP=metrics.average_precisions, MAUC=m
 
 # Defaults of these options, overridden by the data set's line in RECIPES. The paper names the batches of 640 and 64,
 # the heads, AudioSet's balancing, the augmentations and the weight of 2 (Sec. 4); the rest it found by sweeps that it
-# does not print. ESC-10 and synth were tried here, the others not.
+# does not print. ESC-10 and synth were tried here, the others not; sets of one's own, often as small, get ESC-10's.
 DEFAULTS = dict(updates=2000, batch_size=32, lr=5e-4, seconds=10.0, head="mean", head_dropout=0.1,
                 balance=False, augment=["jitter", "time_mask", "mixup"], consistency=2.0, loss="bce", encoder_lr=1.0,
                 layer="last")
+FEW_LABELS = dict(updates=1000, batch_size=16, lr=1e-3, head="stats", augment=["jitter"], consistency=0.0,
+                  encoder_lr=0.1, layer="middle")
 RECIPES = {
     "synth": dict(updates=250, lr=1e-3, augment=[], consistency=0.0),
-    "esc10": dict(updates=400, batch_size=16, lr=1e-3, seconds=3.0, head="stats", augment=["jitter"], consistency=0.0,
-                  loss="ce", encoder_lr=0.1, layer="middle"),
+    "folder": FEW_LABELS,
+    "csv": FEW_LABELS,
+    "esc10": dict(FEW_LABELS, updates=400, seconds=3.0, loss="ce"),
     "esc50": dict(updates=4000),
     "audioset": dict(updates=60_000, batch_size=640, lr=3e-4, head="frames", balance=True),
     "audioset-balanced": dict(updates=20_000, batch_size=64, lr=3e-4, head="frames"),
@@ -261,7 +264,7 @@ def parse(argv=None):
                        "over time")
     group.add_argument("--frames", action="store_true", help="with --embed: a row for each 80 ms; --out is .npz")
     group.add_argument("--layer", type=block, help="the conformer block whose output is used: a number, 'last', or "
-                       "'middle', which did best on ESC-10 (--embed and esc10 middle, else last)")
+                       "'middle', which did best on ESC-10 (--embed, esc10, folder, csv: middle, else last)")
     group.add_argument("--threshold", type=share, default=0.5, help="with --predict: of frame probabilities; a lower "
                        "one finds more events, and more that are none (%(default)s)")
     group.add_argument("--json", action="store_true", help="with --predict: a line of JSON for each recording, with "
@@ -300,29 +303,30 @@ def parse(argv=None):
     group.add_argument("--head", choices=["mean", "stats", "frames"], help="'mean': average the embeddings, then a "
                        "linear layer; 'stats': average and standard deviation, better with few labels; 'frames': "
                        "probabilities at each step, then linear softmax pooling, which also tells when (mean; "
-                       "audioset frames, esc10 stats)")
+                       "audioset frames; esc10, folder, csv stats)")
     group.add_argument("--freeze", action="store_true", help="train the head only, on standardised embeddings (linear "
                        "probe)")
     group.add_argument("--head-dropout", type=in_range(float, 0, 0.99), help="before the output layer; more helps "
                        "against overfitting with few labels (0.1 to 0.3)")
 
     group = parser.add_argument_group("optimisation (Sec. 4)")
-    group.add_argument("--updates", type=in_range(int, 1, 10**9), help="(by data set)")
+    group.add_argument("--updates", type=in_range(int, 1, 10**9), help="(by data set: from 250 for synth to 60000 for "
+                       "audioset; folder and csv 1000, for some hundred clips)")
     group.add_argument("--batch-size", type=in_range(int, 1, 10**6), help="clips in an update, over all processes; "
                        "large sets like larger ones (16 to 640)")
     group.add_argument("--lr", type=in_range(float, 1e-12, 1e6), help="peak learning rate (3e-4 to 1e-3; frozen 1e-2)")
     group.add_argument("--encoder-lr", type=share, help="learning rate of a pre-trained encoder, as a share of --lr; "
-                       "less changes it less (1; esc10 0.1)")
+                       "less changes it less (1; esc10, folder, csv 0.1)")
     group.add_argument("--stages", type=share, nargs=3, default=[0.3, 0.3, 0.4], metavar=("WARMUP", "HOLD", "DECAY"),
                        help="shares of the updates (%(default)s)")
     group.add_argument("--loss", choices=["bce", "ce"], help="binary cross-entropy, as in the paper, or, where a clip "
                        "has one label, cross-entropy (bce; esc10 ce)")
     group.add_argument("--augment", nargs="*", choices=["jitter", "time_mask", "mixup"], metavar="NAME", help="which "
-                       "of jitter, time_mask and mixup (Sec. 4.1) to apply; --augment alone: none (all; synth, whose "
-                       "runs are short, none)")
+                       "of jitter, time_mask and mixup (Sec. 4.1) to apply; --augment alone: none (all; esc10, folder, "
+                       "csv jitter; synth none)")
     group.add_argument("--consistency", type=in_range(float, 0, 1e6), help="weight of the consistency loss (Sec. 4.2): "
                        "augment each clip twice and pull the two predictions together; 0 switches it off and halves "
-                       "the time (2; synth and esc10 0)")
+                       "the time (2; synth, esc10, folder, csv 0)")
 
     def complete(args):
         if (args.tsv or args.plot) and not args.predict or args.frames and not args.embed:

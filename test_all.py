@@ -2507,10 +2507,10 @@ def test_the_encoder_has_a_learning_rate_of_its_own(tmp_path, esc50, undropped, 
     name = "features.linear.weight"
     change = (after["model"][f"encoder.{name}"] - before["model"][name]).abs()
     assert change.max().item() == pytest.approx(1e-4, rel=0.01)
-    assert parse_finetune("--data", "esc10", "--init", "x").encoder_lr == 0.1
-    scratch = parse_finetune("--data", "esc10")
-    assert scratch.encoder_lr == 1 and scratch.layer == "last"
-    assert parse_finetune("--data", "esc10", "--init", "x").layer == "middle" and parse_finetune().layer == "last"
+    for data in ("esc10", "folder", "csv"):             # sets with few labels; one's own are taken for such
+        tuned, scratch = parse_finetune("--data", data, "--init", "x"), parse_finetune("--data", data)
+        assert (tuned.encoder_lr, tuned.layer, tuned.head, tuned.augment) == (0.1, "middle", "stats", ["jitter"])
+        assert (scratch.encoder_lr, scratch.layer, scratch.head) == (1, "last", "stats")
 
 
 @pytest.mark.parametrize("layer, number", [("middle", 1), (2, 2)])
