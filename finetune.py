@@ -104,6 +104,40 @@ def stats_over_time(x, padding_mask=None):
     return torch.cat([mean, (variance + 1e-6).sqrt()], 1)       # without it, sqrt has no gradient at 0
 
 
+class SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over all processes, with its gradient, which `dist.all_reduce` by itself does not have."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return SumOverProcesses.forward(ctx, gradient)      # the losses of all processes depend on the sum
+
+
+class Standardise(BatchNorm):
+    """Each component to mean 0 and variance 1 over a batch's steps that are not padding, those of all processes: one
+    alone may have very few. (B, L, D), padding_mask (B, L) or None -> (B, L, D)."""
+
+    def __init__(self, dim):
+        super().__init__(dim, affine=False)
+
+    def forward(self, x, padding_mask=None):
+        if not (self.training and dist.is_initialized()):
+            return super().forward(x, padding_mask)
+        valid, add = x.flatten(0, 1) if padding_mask is None else x[~padding_mask], SumOverProcesses.apply      # (N, D)
+        count = add(valid.new_tensor(len(valid)))
+        mean = add(valid.sum(0)) / count
+        variance = add((valid - mean).square().sum(0)) / count
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        return (x - mean) * torch.rsqrt(variance + self.eps)
+
+
 class Classifier(nn.Module):
     """A pre-trained encoder, up to block `layer` (see `Wav2Vec2.block_number`, which may raise InputError), and one of
     the paper's two heads (Sec. 4), or a third: log-mels to logits (B, C).
@@ -127,7 +161,7 @@ class Classifier(nn.Module):
         self.layer = encoder.block_number(layer)
         encoder.conformer.blocks[self.layer:].requires_grad_(False)
         dim = encoder.settings["dim"] * (2 if head == "stats" else 1)
-        self.standardise = BatchNorm(dim, affine=False) if freeze or head == "stats" else None
+        self.standardise = Standardise(dim) if freeze or head == "stats" else None
         self.dropout = Dropout(dropout)
         self.linear = nn.Linear(dim, classes)
 

@@ -785,6 +785,30 @@ def test_a_frozen_encoder_feeds_standardised_embeddings(head):
     assert finetune.Classifier(Wav2Vec2("tiny", **SMALL), 3).standardise is None
 
 
+def test_standardising_looks_at_the_clips_of_all_processes(tmp_path):
+    """Two processes with two clips each: values and gradients as in one process with all four; same for use."""
+    x, w = torch.randn(4, 1, 3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+
+    def standardise(x):
+        module, x = finetune.Standardise(3).double(), x.clone().requires_grad_()
+        y = module(x)
+        (y.tanh() @ w).sum().backward()
+        return [y.detach(), x.grad, module.eval()(x).detach()]
+
+    def process(rank):
+        torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=rank, world_size=2)
+        torch.save(standardise(x[2 * rank:2 * rank + 2]), tmp_path / str(rank))
+
+    started = [FORK.Process(target=process, args=(rank,)) for rank in range(2)]
+    for each in started:
+        each.start()
+    for each in started:
+        each.join(60)
+    parts = [torch.load(tmp_path / str(rank)) for rank in range(2)]
+    for whole, *two in zip(standardise(x), *parts, strict=True):
+        torch.testing.assert_close(torch.cat(two), whole)
+
+
 def test_head_drops_embeddings_of_a_frozen_encoder():
     model = finetune.Classifier(Wav2Vec2("tiny", **SMALL), 3, dropout=0.5, freeze=True).train()
     log_mel = torch.randn(2, 40, 64)
