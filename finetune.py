@@ -128,7 +128,8 @@ class Standardise(BatchNorm):
     def forward(self, x, padding_mask=None):
         if not (self.training and dist.is_initialized()):
             return super().forward(x, padding_mask)
-        valid, add = x.flatten(0, 1) if padding_mask is None else x[~padding_mask], SumOverProcesses.apply      # (N, D)
+        valid = x.flatten(0, 1) if padding_mask is None else x[~padding_mask]       # (N, D)
+        add = SumOverProcesses.apply
         count = add(valid.new_tensor(len(valid)))
         mean = add(valid.sum(0)) / count
         variance = add((valid - mean).square().sum(0)) / count
@@ -388,8 +389,8 @@ def parse(argv=None):
         if args.loss == "ce" and args.head == "frames":
             raise InputError("--loss ce is for --head mean or stats: it leaves frame probabilities without a scale")
         if (args.freeze or args.head == "stats") and 1 in (args.batch_size, args.micro_batch):
-            raise InputError("--freeze and --head stats standardise over a batch, which needs two clips at least: raise "
-                             "--batch-size or --micro-batch, or use --head mean without --freeze")
+            raise InputError("--freeze and --head stats standardise over a batch, which needs two clips at least: "
+                             "raise --batch-size or --micro-batch, or use --head mean without --freeze")
         if args.size is not None and args.init is not None:
             raise InputError("--size is for training from scratch: with --init it is that of the run")
         if args.download and (args.data not in ("esc50", "esc10") or args.root is None):

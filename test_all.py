@@ -73,10 +73,23 @@ def run(script, *options):
     return result.stdout
 
 
+def fork(target, processes):
+    """Call target(rank) in processes forked from this one. Returns how each ended: None for one that did not within a
+    minute."""
+    started = [FORK.Process(target=target, args=(rank,)) for rank in range(processes)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(60)
+    ended = [process.exitcode for process in started]
+    for process in started:
+        process.kill()
+    return ended
+
+
 def run_forked(script, *options, processes=1):
     """Run a script in processes that join as torchrun's do, but are forked from this one: they need not import torch
-    again, and where parts of the modules have been replaced, they are there too. Returns how each ended: None for one
-    that did not within a minute."""
+    again, and where parts of the modules have been replaced, they are there too. Returns how each ended, see `fork`."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
 
@@ -86,15 +99,7 @@ def run_forked(script, *options, processes=1):
         sys.argv = [script, *map(str, options)]
         datasets.run_script(sys.modules[script.removesuffix(".py")].main)
 
-    started = [FORK.Process(target=start, args=(rank,)) for rank in range(processes)]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(60)
-    ended = [process.exitcode for process in started]
-    for process in started:
-        process.kill()
-    return ended
+    return fork(start, processes)
 
 
 @pytest.fixture
@@ -799,11 +804,7 @@ def test_standardising_looks_at_the_clips_of_all_processes(tmp_path):
         torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=rank, world_size=2)
         torch.save(standardise(x[2 * rank:2 * rank + 2]), tmp_path / str(rank))
 
-    started = [FORK.Process(target=process, args=(rank,)) for rank in range(2)]
-    for each in started:
-        each.start()
-    for each in started:
-        each.join(60)
+    assert fork(process, 2) == [0, 0]
     parts = [torch.load(tmp_path / str(rank)) for rank in range(2)]
     for whole, *two in zip(standardise(x), *parts, strict=True):
         torch.testing.assert_close(torch.cat(two), whole)
@@ -2535,6 +2536,7 @@ def test_the_encoder_has_a_learning_rate_of_its_own(tmp_path, esc50, undropped, 
         tuned, scratch = parse_finetune("--data", data, "--init", "x"), parse_finetune("--data", data)
         assert (tuned.encoder_lr, tuned.layer, tuned.head, tuned.augment) == (0.1, "middle", "stats", ["jitter"])
         assert (scratch.encoder_lr, scratch.layer, scratch.head) == (1, "last", "stats")
+    assert parse_finetune().layer == "last"
 
 
 @pytest.mark.parametrize("layer, number", [("middle", 1), (2, 2)])
