@@ -4,20 +4,19 @@
     python datasets.py pack ROOT OUT --data audioset    the same for a labelled data set
     python datasets.py synth OUT                        write some synthetic clips, to listen to
 
-Unlabelled sound for pre-training is a source: `Synth` or `Packed`. It has `len` (crops in an epoch), `crop(i,
-rng)` (int16 waveform at 16 kHz), `name(i)` and `fingerprint()`; `open_source` picks one. Labelled sets for
-fine-tuning are a `LabelledSet`, which `load_labelled` reads from its official layout with one of the READERS.
-`batches` serves both.
+All sound for training is a `ClipSet`: `open_unlabelled` gives two for pre-training, `load_labelled` reads the labelled
+sets in their official layout, with one of the READERS. `batches` draws from it. At the end stands what the three
+scripts have in common.
 """
 import argparse
 import collections
 import contextlib
-import copy
 import csv
 import errno
 import functools
 import hashlib
 import json
+import mmap
 import multiprocessing
 import os
 import re
@@ -25,7 +24,6 @@ import signal
 import sys
 import threading
 import time
-import zipfile
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -38,270 +36,171 @@ from tqdm import tqdm
 
 from frontend import SAMPLE_RATE, LogMel, resample
 
-AUDIO = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".w64", ".caf")
-
-# ------------------------------------------------------------------- what the three scripts have in common
+# Endings of what libsndfile reads.
+AUDIO = (".wav", ".wave", ".bwf", ".rf64", ".w64", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".mp2", ".mpga", ".aif",
+         ".aiff", ".aifc", ".au", ".snd", ".caf", ".voc", ".sph", ".nist", ".avr", ".iff", ".8svx", ".svx", ".ircam")
 
 
 class InputError(Exception):
     """The program can't go on with what the user gave. The message names it and the remedy, in one line."""
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors; the docstring is the description."""
-
-    def __init__(self, **options):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
-
-    def error(self, message):
-        """Print the error and exit with code 2."""
-        self.exit(2, f"{self.prog}: {message}; --help explains\n")
-
-
-def in_range(kind, low, high):
-    """An argparse type: an int or float from `low` to `high`."""
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"'{text}' is not a {'whole ' * (kind is int)}number") from None
-        if not low <= value <= high:            # written so that NaN is refused too
-            raise argparse.ArgumentTypeError(f"must be {low:g} to {high:g}, not {text}")
-        return value
-    return parse
-
-
-def run_script(main):
-    """Run a script's main function: what the user can mend ends in one line and exit code 2."""
-    sys.stdout.reconfigure(errors="backslashreplace")       # file names may hold anything
-    code = 2
-    try:
-        return main()
-    except (InputError, OSError) as error:
-        message = str(error).strip().split("\n")[-1]        # those of data workers come with their traceback
-        if getattr(error, "errno", None) == errno.ENOSPC:
-            message = f"{error.filename or 'the disk'}: no space left; make room, then continue with the same command"
-    except (RuntimeError, MemoryError) as error:
-        if "DataLoader worker" in str(error):
-            message = "a process that reads data was killed (out of memory?): --resume continues, with fewer --workers"
-        elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate" in str(error):
-            message = "out of memory: give a smaller --micro-batch or --size, or shorter recordings"
-        else:
-            raise
-    except KeyboardInterrupt:
-        message, code = "interrupted", 130
-    finally:
-        # Data workers ignore SIGTERM, with which Python would end them, and wait for that for ever.
-        if (workers := multiprocessing.active_children()) and hasattr(signal, "SIGCHLD"):
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's handler would report their end as an error
-            for worker in workers:
-                worker.kill()
-    tqdm.write(f"{Path(sys.argv[0]).name}: {message}", sys.stderr)         # below a bar, not into it
-    sys.exit(code)
-
-
-class Bar(tqdm):
-    """A run's progress: a bar where stderr is a terminal, else a line every minute; neither if `silent`."""
-
-    def __init__(self, total, initial, label, silent=False):
-        super().__init__(total=total, initial=initial, desc=label, unit=" updates", smoothing=0.05,
-                         disable=True if silent else None)
-        self.label, self.silent, self.printed = label, silent, time.time()
-
-    def show(self, done, text):
-        """`done` updates are done; `text` says how it goes."""
-        self.update(done - self.n)
-        self.set_postfix_str(text, refresh=False)
-        if self.disable and not self.silent and time.time() - self.printed > 60:
-            sys.stderr.write(f"{self.label}: update {done} of {self.total}: {text}\n")
-            self.printed = time.time()
-
-
-def cores():
-    """How many of the machine's cores this process may use, shared with the others that torchrun started."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
-def find_device(name=None, world=1):
-    """The device of this name, or the best there is; of several GPUs, the one of this process. Raises InputError where
-    there is none, or not for `world` processes."""
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available() and world == 1
-    name = name or ("cuda" if cuda else "mps" if mps else "cpu")
-    if not {"cuda": cuda, "mps": mps, "cpu": True}[name]:
-        raise InputError(f"--device {name}: this torch has none" + ", or not for several processes" * (world > 1)
-                         + "; leave --device out")
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
-
-
-@contextlib.contextmanager
-def reading(path, remedy="get it again"):
-    """Whatever goes wrong within, while a file is read, is an InputError in one line that names the file."""
-    try:
-        yield
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except Exception as error:      # there is no telling what damaged content leads to
-        reason = f"{type(error).__name__}: {error}".split("\n")[0]
-        raise InputError(f"{path}: damaged, or not what it should be ({reason}); {remedy}") from None
-
-
-def claim(folder):
-    """Make a folder and lock it for writing, until the lock that is returned is gone or the process has ended.
-
-    Raises InputError where another process has it.
-    """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(Path(folder) / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise InputError(f"{folder}: another process is writing there; wait for it, or name another folder") from None
-    return lock
-
-
-def write_whole(path, content):
-    """Write a file so that, even if the power fails, `path` is either the old one or the new one.
-
-    content is text, or a function that writes into the open binary file.
-    """
-    part = Path(f"{path}.part")
-    try:
-        with open(part, "wb") as file:
-            if callable(content):
-                content(file)
-            else:
-                file.write(content.encode("utf-8", "backslashreplace"))
-            file.flush()
-            os.fsync(file.fileno())
-    except Exception:
-        part.unlink(missing_ok=True)        # on a full disk it would only be in the way
-        raise
-    os.replace(part, path)
-
-
-def write_events(path, events):
-    """A table of events (file name, onset, offset in seconds, class) in DCASE's format; blanks for tabs in names."""
-    rows = [("filename", "onset", "offset", "event_label")]
-    rows += [(name, f"{onset:.2f}", f"{offset:.2f}", label) for name, onset, offset, label in events]
-    write_whole(path, "".join("\t".join(" ".join(cell.split()) for cell in row) + "\n" for row in rows))
+class Clip(NamedTuple):
+    """A recording, and what a data set's tables say about it."""
+    name: str               # unique in the data set
+    labels: tuple           # names, later numbers, of its classes
+    split: str              # "train", "valid" or "test", or the number of the fold whose test clip it is
+    path: Path | None       # the file; None where it is missing
+    group: str = ""         # clips of one group, cut from one recording perhaps, stay on one side of a split
+    samples: int = 0        # at 16 kHz, once it is decoded
+    note: str = ""          # in what way its decoding was not as expected
 
 
 # -------------------------------------------------------------------------------------- reading recordings
 
 
-# What libsndfile notes in its log about a file that is shorter than its header promises. A size of 2 or 4 GiB stands
-# for "unknown" in streamed files. (`check_ogg` tells of Ogg files.)
-PROMISED = re.compile(r"(?:data|SSND|Data Size|riff)\s*: (\d+) \(should be")
+# What decodes is used as far as it goes; where that is less than a header promises, or more is in the file, a note says
+# so. Of a file that is too short libsndfile logs both lengths; sizes near 2 or 4 GiB stand for "unknown".
+PROMISED = re.compile(r"(?:data|SSND|Data Size|riff)\s*: (\d+) \(should be (\d+)")
+UNKNOWN = 2_000_000_000
 
 
+class Endless:
+    """An open file that seems a hundred times as long, but for its last 128 bytes, where MP3s have tags: libsndfile
+    guesses the length of an MP3 without a Xing header from its size and its first frame, and reads no further."""
+
+    def __init__(self, file):
+        self.file, self.position, self.real_size = file, 0, os.path.getsize(file.name)
+        self.size = 100 * self.real_size
+
+    def seek(self, offset, whence=os.SEEK_SET):
+        """As of any file."""
+        self.position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.size}[whence]
+
+    def tell(self):
+        """As of any file."""
+        return self.position
+
+    def read(self, count):
+        """As of any file."""
+        self.file.seek(self.position - (self.size - self.real_size) * (self.position >= self.size - 128))
+        content = self.file.read(count)
+        self.position += len(content)
+        return content
+
+
+@contextlib.contextmanager
 def open_audio(path):
-    """A recording, opened with soundfile. Raises InputError if it is missing, not audio, empty or, as far as
-    its header tells, cut off (Ogg's does not, see `check_ogg`)."""
-    for wrong, fault in ((not os.path.lexists(path), "no such file"), (os.path.isdir(path), "is a folder"),
-                         (not os.path.isfile(path), "is no regular file, or a link to nowhere"),
-                         (not os.access(path, os.R_OK), "no permission to read it")):
-        if wrong:
-            raise InputError(f"{path}: {fault}")
-    try:
-        file = soundfile.SoundFile(path)
-    except soundfile.LibsndfileError as error:
-        raise InputError(f"{path}: not readable as audio ({error.error_string})") from None
-    except UnicodeEncodeError:
-        raise InputError(f"{path}: its name is not valid UTF-8; rename it") from None
-    if file.frames == 0:
-        raise InputError(f"{path}: no sound in it (0 samples)")
-    if any(int(size) < 2**31 - 1 for size in PROMISED.findall(file.extra_info)):
-        raise InputError(f"{path}: cut off before its end; get it again")
-    if file.frames > 2**40:
-        raise InputError(f"{path}: does not say how long it is; convert it to .wav first")
-    if not 1000 <= file.samplerate <= 768_000:
-        raise InputError(f"{path}: a sample rate of {file.samplerate} Hz can't be right")
-    return file
-
-
-REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
-
-
-def check_ogg(path):
-    """Raise InputError where an Ogg file (Vorbis, Opus) is damaged or cut off, which its decoders pass over.
-
-    The format (RFC 3533) is a chain of pages, each with a checksum and a number, the last with an end mark. Its CRC
-    is that of zlib with the bits of each byte and of the result in reverse order, and without inversions.
-    """
-    content, at, number, ended = Path(path).read_bytes(), 0, 0, False
-    while at < len(content):
-        segments = content[at + 27:at + 27 + content[at + 26]] if at + 26 < len(content) else b""
-        size = 27 + len(segments) + sum(segments)
-        if ended:
-            raise InputError(f"{path}: goes on after its end: another stream, or junk; only the first would be read")
-        if at + size > len(content):
-            break
-        page = content[at:at + 22] + bytes(4) + content[at + 26:at + size]
-        crc = zlib.crc32(page.translate(REVERSED), 2**32 - 1) ^ (2**32 - 1)
-        if int(f"{crc:032b}"[::-1], 2).to_bytes(4, "little") != content[at + 22:at + 26] or (
-                number != int.from_bytes(content[at + 18:at + 22], "little")):
-            raise InputError(f"{path}: damaged (page {number} of its Ogg stream); get it again")
-        at, number, ended = at + size, number + 1, bool(content[at + 5] & 4)
-    if not ended:
-        raise InputError(f"{path}: cut off before its end; get it again")
-
-
-def read_audio(path, start=0.0, seconds=None):
-    """Decode a recording, or `seconds` of it from `start` on: mono float32 (S,) at 16 kHz.
-
-    Channels are averaged. Raises InputError as `open_audio` does, for damaged Ogg files, and for samples that are
-    not finite.
-    """
-    with open_audio(path) as file:
-        if file.format == "OGG" and start == 0:
-            check_ogg(path)
-        rate = file.samplerate
-        parts, left = [], file.frames
+    """A recording: opened with soundfile, the file below that, and how many samples the header promises or None.
+    Raises InputError for what is not audio."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{path}: is a folder or no regular file")
+    with contextlib.ExitStack() as stack:
         try:
-            if start > 0:
-                left -= file.seek(min(int(start * rate), file.frames))
-            left = left if seconds is None else min(left, int(seconds * rate))
-            while left > 0 and len(part := file.read(min(left, 2**22), "float32", always_2d=True)):
-                parts.append(part.mean(axis=1, dtype=np.float64).astype(np.float32))
-                left -= len(part)
+            content = stack.enter_context(open(path, "rb"))
+            file = stack.enter_context(soundfile.SoundFile(content))
+            if file.frames == 0 and file.format == "WAV":       # its recorder stopped before it wrote the length
+                patched = stack.enter_context(mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_COPY))
+                patched[4:8] = bytes([8, 0, 0, 0])              # a sign for that which libsndfile knows
+                content, file = patched, stack.enter_context(soundfile.SoundFile(patched))
+            promised = file.frames if file.frames < 2**40 else None
+            for promise, there in PROMISED.findall(file.extra_info):
+                if int(promise) < UNKNOWN:
+                    promised = file.frames * int(promise) // max(int(there), 1)
+            if file.subtype.startswith("MPEG_LAYER"):
+                other_content = stack.enter_context(open(path, "rb"))
+                other = stack.enter_context(soundfile.SoundFile(Endless(other_content)))
+                if other.frames != file.frames:                 # the length was a guess
+                    content, file, promised = other_content, other, None
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}") from None
         except soundfile.LibsndfileError as error:
             raise InputError(f"{path}: not readable as audio ({error.error_string})") from None
-    if left > 0:
-        raise InputError(f"{path}: cut off before its end; get it again")
-    if not parts:
-        raise InputError(f"{path}: no sound in it (0 samples)")
-    waveform = np.concatenate(parts)
-    if not np.abs(waveform).max() < 100:        # full scale is 1
-        raise InputError(f"{path}: holds values that are not finite, or far too large")
-    return resample(torch.from_numpy(waveform), rate, SAMPLE_RATE).numpy()
+        if not 1000 <= file.samplerate <= 768_000:
+            raise InputError(f"{path}: a sample rate of {file.samplerate} Hz can't be right")
+        yield file, content, promised
+
+
+def decode_blocks(path, seconds, notes):
+    """A recording in blocks of so many seconds at its own rate, channels averaged, as far as it decodes: (float32 (S,),
+    rate). At the end `notes` gets a remark if the file is not as long as it says. Raises InputError as `open_audio`."""
+    with open_audio(path) as (file, content, promised):
+        rate, samples, damage = file.samplerate, 0, ""
+        while not damage:
+            block = np.full((min(round(seconds * rate), file.frames + 1), file.channels), np.nan, np.float32)
+            try:
+                count = len(file.read(out=block))
+            except soundfile.LibsndfileError as error:          # what came before is in the block
+                count, damage = int(np.isnan(np.append(block[:, 0], np.nan)).argmax()), error.error_string
+            if count == 0:
+                break
+            samples += count
+            yield block[:count].mean(axis=1, dtype=np.float64).astype(np.float32), rate
+        if samples == 0:
+            raise InputError(f"{path}: no sound in it ({damage or '0 samples'})")
+        size, position = os.path.getsize(path), content.tell()
+        if promised and promised - samples > max(promised / 100, rate / 10):
+            notes.append(f"ends after {samples / rate:.1f} of {promised / rate:.1f} s")
+        elif size - position > max(size / 10, 10_000):
+            notes.append(f"ends after {samples / rate:.1f} s, {position / size:.0%} of the file: more is in it")
+        elif file.format == "OGG" and not ends_properly(content, size):
+            notes.append(f"ends after {samples / rate:.1f} s without an end mark")
+
+
+def ends_properly(content, size):
+    """Whether the last page of an open Ogg file is whole and marked as the end (RFC 3533: at most 65,307 bytes)."""
+    content.seek(max(size - 65_307, 0))
+    tail = content.read()
+    page = tail[tail.rfind(b"OggS"):]
+    segments = page[27:27 + page[26]] if len(page) > 26 else b""
+    return 27 < 27 + len(segments) + sum(segments) <= len(page) and bool(page[5] & 4)
+
+
+def read_blocks(path, seconds=60, notes=None):
+    """A recording of any length and rate in blocks of so many seconds, the last as long as it is: mono float32 (S,) at
+    16 kHz, together as if it were resampled at once. Its offset, as heard in the first block, is taken out.
+
+    `notes`, a list, gets a remark where the file is not as long as it says. Raises InputError for what can't be decoded
+    and for values that are not finite.
+    """
+    blocks = decode_blocks(path, seconds, [] if notes is None else notes)
+    block, rate = next(blocks)
+    before, offset = block[:0], block.mean(dtype=np.float64)
+    while block is not None:
+        following, _ = next(blocks, (None, None))
+        after = block[:0] if following is None else following[:rate]        # a second: further than the filter reaches
+        around = np.concatenate([before, block, after]) - offset
+        if not np.isfinite(around).all():
+            raise InputError(f"{path}: holds values that are not finite")
+        waveform = resample(torch.from_numpy(around.astype(np.float32)), rate, SAMPLE_RATE).numpy()
+        start = len(before) * SAMPLE_RATE // rate
+        yield waveform[start:] if following is None else waveform[start:start + round(seconds * SAMPLE_RATE)]
+        before, block = block[-rate:], following
+
+
+def read_audio(path):
+    """A recording of any rate: mono float32 (S,) at 16 kHz. Raises InputError as `read_blocks`."""
+    return np.concatenate(list(read_blocks(path)))
 
 
 def to_int16(waveform):
-    """Waveform in [-1, 1] to int16; what is louder is clipped."""
-    return np.clip(np.round(waveform * 32768), -32768, 32767).astype(np.int16)
+    """Waveform to int16, its loudest sample at full scale, as level does not count (see `LogMel`): nothing is clipped
+    or lost. Returns the level of that sample too."""
+    loudest = float(np.abs(waveform).max())
+    return np.round(waveform * (32767 / max(loudest, 1e-6))).astype(np.int16), loudest
 
 
-def read_blocks(path, seconds=600):
-    """A recording of any length as int16 blocks of ten minutes, which together are what `read_audio` gives.
-
-    Each is read with a second more on either side, further than the filter of `resample` reaches.
-    """
-    with open_audio(path) as file:
-        blocks = max(1, -(-file.frames // (file.samplerate * seconds)))
-    for start in range(0, blocks * seconds, seconds):
-        before, last = min(start, 1), start == (blocks - 1) * seconds
-        waveform = read_audio(path, start - before, None if last else before + seconds + 1)[before * SAMPLE_RATE:]
-        yield to_int16(waveform if last else waveform[:seconds * SAMPLE_RATE])
+def read_int16(path, notes):
+    """A whole recording in int16, and the level of its loudest sample. As `read_blocks`."""
+    blocks = [to_int16(block) for block in read_blocks(path, notes=notes)]
+    loudest = max(level for _, level in blocks)
+    return np.concatenate([block if level == loudest else np.round(block * (level / loudest)).astype(np.int16)
+                           for block, level in blocks]), loudest
 
 
 def walk(folder):
-    """All files below a folder as (path, ending in lower case), sorted; links are followed, each folder once.
-
-    Raises InputError where the folder or one below it can't be listed.
-    """
+    """All files below a folder, sorted; links are followed, each folder once. What begins with a dot or two underscores
+    (.ipynb_checkpoints, ._a.wav, __MACOSX) is left out. Raises InputError where a folder can't be listed."""
     def refuse(error):
         raise InputError(f"{error.filename}: can't be listed ({error.strerror})")
 
@@ -309,11 +208,12 @@ def walk(folder):
         raise InputError(f"{folder}: no such folder")
     seen, files = set(), []
     for parent, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
         if identity(parent) in seen:
             folders.clear()
             continue
         seen.add(identity(parent))
-        files += [(Path(parent, name), os.path.splitext(name)[1].lower()) for name in names]
+        files += [Path(parent, name) for name in names if not name.startswith((".", "__"))]
     return sorted(files)
 
 
@@ -324,16 +224,25 @@ def identity(path):
 
 
 def audio_files(folder):
-    """All recordings below a folder, sorted, as paths. Raises InputError where there are none."""
-    files = [path for path, ending in walk(folder) if ending in AUDIO]
-    if not files:
-        raise InputError(f"{folder}: no recordings in it ({' '.join(AUDIO)})")
-    return files
+    """All recordings below a folder, sorted. Says how many files have other endings. Raises InputError where there are
+    no recordings."""
+    recordings, others = [], collections.Counter()
+    for path in walk(folder):
+        if path.suffix.lower() in AUDIO:
+            recordings.append(path)
+        else:
+            others[path.suffix.lower() or "no ending"] += 1
+    kinds = ", ".join(f"{ending} {count}" for ending, count in others.most_common(5)) + ", ..." * (len(others) > 5)
+    kinds = f"{others.total()} files of other kinds: {kinds} (ffmpeg makes .flac of what is sound)" * bool(others)
+    if not recordings:
+        raise InputError(f"{folder}: no recordings in it; {kinds or 'it is empty'}")
+    if others:
+        say(f"{folder}: {kinds}")
+    return recordings
 
 
 class Recordings(torch.utils.data.Dataset):
-    """Recordings, decoded when asked for: (path, int16 waveform or the reason why there is none). Of those of more
-    than LONG seconds, which could fill the memory, the waveform is left to `read_blocks`: it is None."""
+    """Recordings, decoded when asked for: what `read_int16` gives, and its notes; or (None, 0, the reason)."""
 
     def __init__(self, files):
         self.files = files
@@ -342,23 +251,18 @@ class Recordings(torch.utils.data.Dataset):
         return len(self.files)
 
     def __getitem__(self, i):
-        path = self.files[i]
+        path, notes = self.files[i], []
         try:
-            with open_audio(path) as file:
-                long = file.frames > LONG * file.samplerate
-            return path, None if long else to_int16(read_audio(path))
-        except InputError as error:
-            return path, str(error).removeprefix(f"{path}: ")
-        except Exception as error:          # one damaged file must not cost the others
-            return path, f"not readable ({type(error).__name__}: {error})"
+            return *read_int16(path, notes), "; ".join(notes)
+        except Exception as error:          # whatever it is, one damaged file must not cost the others
+            return None, 0.0, str(error).removeprefix(f"{path}: ") or type(error).__name__
 
 
 def decode(files, workers=None, done=0):
-    """Decode recordings on all cores, with a progress bar: yields what is in `Recordings`, in order.
-
-    `done` is how many were decoded before these.
-    """
-    workers = min(workers or cores(), len(files) // 16)             # for a few files none is worth its start
+    """Decode recordings on all cores, with a progress bar: yields what is in `Recordings`, in order. `done` is how many
+    were decoded before these."""
+    size = sum(os.path.getsize(path) for path in files if os.path.exists(path))
+    workers = min(workers or cores(), len(files), size // 2**22)        # for a few megabytes none is worth its start
     loader = torch.utils.data.DataLoader(Recordings(files), batch_size=None, num_workers=workers, collate_fn=tuple,
                                          worker_init_fn=init_worker)
     yield from tqdm(loader, "decode", total=done + len(files), initial=done, unit=" files", leave=False, disable=None)
@@ -377,201 +281,133 @@ def init_worker(_):
 
 # --------------------------------------------------------------------- packing recordings for training
 
-INDEX = np.dtype([("shard", np.int32), ("start", np.int64), ("length", np.int64)])   # in samples
-LONG = 3600         # seconds of a recording that are decoded at once
-SILENCE = 33        # largest absolute sample of a recording that counts as silent: -60 dB
+SILENCE = 1e-3      # level of the loudest sample of a recording that counts as silent: -60 dB
+COMMIT = 2**26      # bytes (64 MB, half an hour) that a killed packing loses at most
 
 
-def append_recording(audio, path, waveform, keep_silent):
-    """Append a recording, as `decode` gives it, to the open file of a shard. Returns the reason why it can't be used,
-    which leaves the file as it was, or None."""
-    if isinstance(waveform, str):
-        return waveform
-    start, loudest, reason = audio.tell(), 0, None
-    try:
-        for block in read_blocks(path) if waveform is None else (waveform,):
-            audio.write(block.astype("<i2").tobytes())
-            loudest = max(loudest, int(block.max()), -int(block.min()))
-        if loudest < SILENCE and not keep_silent:
-            reason = "silent (--keep-silent packs it all the same)"
-    except InputError as error:
-        reason = str(error).removeprefix(f"{path}: ")
-    if reason:
-        audio.seek(start)
-        audio.truncate()
-    return reason
+def stamp(path):
+    """What changes when a file does; None where it is gone."""
+    with contextlib.suppress(OSError):
+        status = os.stat(path)
+        return [status.st_size, status.st_mtime_ns]
 
 
-def pack(files, names, out, shard_hours=5.0, workers=None, keep_silent=False):
-    """Decode recordings into int16 shards that training can read from anywhere.
+def pack(clips, out, header=None, workers=None, keep_silent=False):
+    """Decode recordings once, into a folder from which training can read any part; returns it as a `Pack`.
 
-    files and names: N paths and what to call them. Writes in `out`: `shard_00000.int16` and on, plain
-    samples end to end, each with a .json of what is in it; at the end `index.npy`, where in which
-    shard each recording lies, `names.txt`, a line each, and `skipped.txt`, each file left out and why.
-    A folder with an index is complete. Without, it was interrupted, and the same call continues after its
-    last complete shard. Returns the numbers (into `names`) of those kept, and the lines of skipped.txt.
-    Raises InputError where `out` holds something else or no file is usable.
+    audio.int16 holds the samples of all clips, end to end; index.jsonl a line of JSON with the number of clips and
+    what is in `header`, then a line for each clip, with its samples or the reason why it was left out. Where this was
+    interrupted, the same call continues. Raises InputError where `out` holds something else or no clip is usable.
     """
-    out = Path(out)
-    if out.is_file():
-        raise InputError(f"{out}: is a file; name a folder")
-    lock = claim(out)       # noqa: F841, held until the end
-    names = [name.replace("\n", "\\n").replace("\r", "\\r") for name in names]
-    stamp = hashlib.sha256(f"{shard_hours} {keep_silent}".encode())
-    for path, name in zip(files, names, strict=True):
-        with contextlib.suppress(OSError):      # a link to nowhere: its decoding says so
-            status = os.stat(path)
-            name += f" {status.st_size} {status.st_mtime_ns}"
-        stamp.update(f"{name}\n".encode(errors="backslashreplace"))
-    source = out / "source.txt"
-    if source.exists() and source.read_text() != stamp.hexdigest():
-        raise InputError(f"{out}: holds other recordings, or the same before they changed; delete it "
-                         "or name another folder")
-    if not source.exists() and {path.name for path in out.iterdir()} - {".lock", "source.txt.part"}:
-        raise InputError(f"{out}: holds other files; name a new folder")
-    write_whole(source, stamp.hexdigest())
-    shards = []
-    with reading(out, "delete it and pack again"):
-        while (out / f"shard_{len(shards):05}.json").exists():
-            shards.append(json.loads((out / f"shard_{len(shards):05}.json").read_text()))
-        done = shards[-1]["end"] if shards else 0
-    limit, audio = int(shard_hours * 3600 * SAMPLE_RATE), None
-    for number, (path, waveform) in enumerate(decode(files[done:], workers, done), done):
-        if isinstance(waveform, str) and not os.access(path, os.R_OK):
-            raise InputError(f"{path}: is gone, or can't be read any more; once it can, the same command continues")
-        if audio is None:
-            shard = dict(kept=[], lengths=[], skipped=[])
-            audio = open(out / f"shard_{len(shards):05}.int16", "wb")       # noqa: SIM115
-        start, reason = audio.tell(), append_recording(audio, path, waveform, keep_silent)
-        if reason:
-            shard["skipped"].append(f"{names[number]}: {reason}")
-        else:
-            shard["kept"].append(number)
-            shard["lengths"].append((audio.tell() - start) // 2)
-        if audio.tell() >= 2 * limit or number == len(files) - 1:
-            audio.flush()
-            os.fsync(audio.fileno())
-            audio.close()
-            write_whole(out / f"shard_{len(shards):05}.json", json.dumps({**shard, "end": number + 1}))
-            shards.append(shard)
-            audio = None
-    kept = [number for shard in shards for number in shard["kept"]]
-    skipped = [line for shard in shards for line in shard["skipped"]]
-    if not kept:
-        raise InputError(f"{out}: none of the {len(files)} files is usable: {skipped[0]}, ...")
-    index = [(n, end - length, length) for n, shard in enumerate(shards)
-             for length, end in zip(shard["lengths"], np.cumsum(shard["lengths"]), strict=True)]
-    write_whole(out / "names.txt", "".join(f"{names[number]}\n" for number in kept))
-    write_whole(out / "skipped.txt", "".join(f"{line}\n" for line in skipped))
-    write_whole(out / "index.npy", lambda file: np.save(file, np.array(index, INDEX)))
-    return kept, skipped
+    out, files = Path(out), [clip.path for clip in clips]
+    expected = [dict(header or {}, clips=len(clips), keep_silent=keep_silent)]
+    expected += [dict(name=clip.name, labels=list(clip.labels), split=clip.split, group=clip.group,
+                      stamp=stamp(clip.path)) for clip in clips]
+    with claim(out):
+        if {path.name for path in out.iterdir()} - {".lock", "audio.int16", "index.jsonl", "index.jsonl.part"}:
+            raise InputError(f"{out}: holds other files; name a new folder")
+        lines = []
+        with reading(out, "delete it and pack again"):
+            if (out / "index.jsonl").exists():      # whose last line may be incomplete
+                lines = [json.loads(line) for line in (out / "index.jsonl").read_bytes().split(b"\n")[:-1]]
+        if not all(a.items() <= b.items() for a, b in zip(expected, lines)):                # noqa: B905
+            raise InputError(f"{out}: holds other recordings, or the same before they changed; delete it "
+                             "or name another folder")
+        lines = lines or expected[:1]
+        done, end = len(lines) - 1, 2 * sum(line.get("samples", 0) for line in lines)
+        write_whole(out / "index.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        with open(out / "audio.int16", "ab") as audio, open(out / "index.jsonl", "ab") as index:
+            if os.path.getsize(audio.name) < end:
+                raise InputError(f"{out}: audio.int16 is shorter than index.jsonl says; delete it and pack again")
+            audio.truncate(end)
+            lines = []
+            for n, (waveform, loudest, note) in enumerate(decode(files[done:], workers, done), done + 1):
+                if waveform is None and not os.access(files[n - 1], os.R_OK):
+                    raise InputError(f"{files[n - 1]}: is gone, or can't be read any more; once it can, the same "
+                                     "command continues")
+                if waveform is not None and loudest < SILENCE and not keep_silent:
+                    waveform, note = None, "silent (--keep-silent packs it all the same)"
+                if waveform is None:
+                    lines.append(dict(expected[n], skipped=note))
+                else:
+                    audio.write(waveform.astype("<i2").tobytes())
+                    lines.append(dict(expected[n], samples=len(waveform), **({"note": note} if note else {})))
+                if audio.tell() > end + COMMIT or n == len(clips):     # samples first, then the lines that count them
+                    for file, content in (audio, b""), (index, "".join(json.dumps(x) + "\n" for x in lines).encode()):
+                        file.write(content)
+                        file.flush()
+                        os.fsync(file.fileno())
+                    end, lines = audio.tell(), []
+    packed = Pack(out)
+    if not packed.clips:
+        raise InputError(f"{out}: none of the {len(clips)} files is usable: {packed.skipped[0]}, ...")
+    return packed
 
 
-class Shards:
-    """What `pack` wrote, like a list of int16 waveforms; `lengths` (N,) holds theirs, in samples.
+class Pack:
+    """What `pack` wrote into one or more folders, like a list of int16 waveforms, which are read when they are looked
+    at: `clips`, with their number of samples; `skipped`, a line for each recording that was left out; `header`.
 
-    Nothing is read before it is asked for. Raises InputError where a part is missing or cut off.
+    Raises InputError where a part is missing or damaged.
     """
 
-    def __init__(self, folder):
-        self.folder = Path(folder)
-        if not (self.folder / "index.npy").exists():
-            raise InputError(f"{folder}: holds no packed audio, or not all of it yet: `python datasets.py pack` "
-                             "packs a folder of recordings, or continues where it was interrupted")
-        with reading(folder, "delete it and pack again"):
-            self.index = np.load(self.folder / "index.npy", mmap_mode="r")
-            self.lengths = self.index["length"]
-            order = np.lexsort((self.index["start"], self.index["shard"]))
-            shard, start, length = (self.index[name][order] for name in ("shard", "start", "length"))
-            first = np.diff(shard, prepend=-1) > 0                          # of its shard
-            ends = (start + length)[np.append(first[1:], True)]
-            if (length < 1).any() or (start != np.where(first, 0, np.roll(start + length, 1))).any() or any(
-                    2 * end != os.path.getsize(self.path(n)) for n, end in zip(shard[first], ends, strict=True)):
-                raise ValueError("recordings overlap, or lie outside of their shard")
-
-    def __reduce__(self):
-        return Shards, (self.folder,)       # a worker process opens the folder itself
-
-    @functools.cached_property
-    def names(self):
-        """What the recordings are called: a list."""
-        names = (self.folder / "names.txt").read_text("utf-8").split("\n")[:-1]
-        if len(names) != len(self):
-            raise InputError(f"{self.folder}: names.txt is not of these recordings; delete the folder and pack again")
-        return names
-
-    def path(self, shard):
-        """The file of this number."""
-        return self.folder / f"shard_{shard:05}.int16"
+    def __init__(self, *folders):
+        self.folders, self.places, self.clips, self.skipped = folders, [], [], []
+        for part, folder in enumerate(map(Path, folders)):
+            if (folder / "index.npy").exists():
+                raise InputError(f"{folder}: was packed by an earlier version of datasets.py; pack again")
+            if not (folder / "index.jsonl").exists():
+                raise InputError(f"{folder}: holds no packed audio: `python datasets.py pack` packs a folder of "
+                                 "recordings")
+            with reading(folder, "delete it and pack again"):
+                header, *lines = (folder / "index.jsonl").read_bytes().split(b"\n")
+                self.header, end = json.loads(header), 0
+                if len(lines) <= self.header["clips"]:
+                    raise InputError(f"{folder}: does not hold all of it yet: `python datasets.py pack` continues "
+                                     "where it was interrupted")
+                for line in map(json.loads, lines[:-1]):
+                    if "skipped" in line:
+                        self.skipped.append(f"{line['name']}: {line['skipped']}")
+                        continue
+                    self.clips.append(Clip(line["name"], tuple(line["labels"]), line["split"], None, line["group"],
+                                           line["samples"], line.get("note", "")))
+                    self.places.append((part, end, end + line["samples"]))
+                    end += line["samples"]
+                if 2 * end != os.path.getsize(folder / "audio.int16"):
+                    raise ValueError("audio.int16 is not as long as index.jsonl says")
 
     def __len__(self):
-        return len(self.index)
-
-    def read(self, i, start, samples):
-        """Recording i from sample `start` on, at most `samples`: int16 (S,)."""
-        shard, first, length = self.index[i].item()
-        waveform = np.empty(min(samples, length - start), "<i2")
-        with open(self.path(shard), "rb") as file:
-            file.seek(2 * (first + start))
-            file.readinto(waveform)
-        return waveform
+        return len(self.clips)
 
     def __getitem__(self, i):
-        return self.read(i, 0, self.lengths[i])
+        part, start, end = self.places[i]
+        return np.memmap(Path(self.folders[part]) / "audio.int16", "<i2", "r", 2 * start, (end - start,))
 
 
-class Packed:
-    """Random crops of `seconds` from what `pack` wrote, in proportion to length: a recording as long as n crops
-    gives ceil(n) of them in an epoch, each at a random place.
+def open_unlabelled(data, seconds):
+    """Clips for pre-training in crops of `seconds`, and others that are never trained on, to see how well it
+    generalises: two of `ClipSet`. data is ["synth"] or a list of packed folders.
 
-    Recordings shorter than a crop are given whole, those under a second not at all: too little to mask and to
-    predict from. `held_out`: the source of recordings that are never trained on, one in a hundred by a hash of
-    their names, at least 16 (of fewer than 80 recordings, a fifth), or that of all others. Raises InputError
-    where there is none.
+    A recording as long as n crops gives ceil(n) of them in an epoch; those shorter than a crop are given whole, those
+    under a second not at all: too little to mask and to predict from. Held out is one recording in a hundred by a
+    hash of their names, at least 16 (of fewer than 80, a fifth). Raises InputError where there is none.
     """
-
-    def __init__(self, folders, seconds, held_out=False):
-        self.options = folders, seconds, held_out
-        self.parts, self.samples = [Shards(folder) for folder in folders], round(seconds * SAMPLE_RATE)
-        self.offsets = np.cumsum([0, *map(len, self.parts)])
-        lengths = np.concatenate([part.lengths for part in self.parts])
-        usable = np.flatnonzero(lengths >= SAMPLE_RATE)
-        if len(usable) == 0:
-            raise InputError(f"{', '.join(map(str, folders))}: no recording in it is a second long")
-        hashes = np.array([zlib.crc32(name.encode()) for part in self.parts for name in part.names])
-        by_hash = usable[np.argsort(hashes[usable], kind="stable")]
-        count = min(max(len(usable) // 100, 16), len(usable) // 5)
-        self.recordings = np.sort(by_hash[:count] if held_out else by_hash[count:])
-        self.lengths = lengths[self.recordings]
-        self.ends = np.cumsum(-(-self.lengths // self.samples))
-        self.hash = hashlib.sha256(np.stack([hashes[self.recordings], self.lengths]).tobytes()).hexdigest()
-
-    def __reduce__(self):
-        return Packed, self.options
-
-    def __len__(self):
-        return int(self.ends[-1]) if len(self.ends) else 0
-
-    def place(self, i):
-        """Where crop i comes from: which folder, and the number of the recording there."""
-        recording = self.recordings[np.searchsorted(self.ends, i, side="right")]
-        part = int(np.searchsorted(self.offsets, recording, side="right")) - 1
-        return self.parts[part], recording - self.offsets[part]
-
-    def crop(self, i, rng):
-        """Crop i of an epoch, at a random place: int16 (S,)."""
-        part, number = self.place(i)
-        start = rng.integers(max(part.lengths[number] - self.samples, 0) + 1)
-        return part.read(number, int(start), self.samples)
-
-    def name(self, i):
-        """The recording that crop i comes from."""
-        part, number = self.place(i)
-        return str(part.folder / part.names[number])
-
-    def fingerprint(self):
-        """A hash of the names and lengths of the recordings."""
-        return self.hash
+    if data == ["synth"]:
+        return [ClipSet([Clip(f"synth/{split}/{i}", (), split, None, samples=round(seconds * SAMPLE_RATE))
+                         for i in range(count)], SynthWaveforms(split, seconds), seconds=seconds)
+                for split, count in (("unlabelled", 2000), ("held_out", 100))]
+    pack = Pack(*data)
+    source = ClipSet(pack.clips, pack, seconds=seconds)
+    source.crops = -(-source.lengths // round(seconds * SAMPLE_RATE))
+    usable = np.flatnonzero(source.lengths >= SAMPLE_RATE)
+    if len(usable) == 0:
+        raise InputError(f"{', '.join(map(str, data))}: no recording in it is a second long")
+    hashes = np.array([zlib.crc32(name.encode(errors="backslashreplace")) for name in source.names])
+    if len(usable) < len(source):
+        say(f"{len(source) - len(usable)} of {len(source)} recordings are left out: shorter than a second")
+    by_hash = usable[np.argsort(hashes[usable], kind="stable")]
+    count = min(max(len(usable) // 100, 16), len(usable) // 5)
+    return source.subset(np.sort(by_hash[count:])), source.subset(np.sort(by_hash[:count]))
 
 
 # -------------------------------------------------------------------------- synth: sounds from formulas
@@ -697,115 +533,103 @@ def synth_clip(index, split="unlabelled", seconds=5.0):
                            np.linspace(5.6, 13, 7), rng.normal(0, 5, 7))        # dB
     response = np.fft.rfft(room, size) * 10 ** (microphone / 20)
     waveform = np.fft.irfft(np.fft.rfft(waveform, size) * response, size)[:n]
-    return to_int16(waveform / np.abs(waveform).max() * 10 ** (rng.uniform(-25, -1) / 20)), events
+    level = 10 ** (rng.uniform(-25, -1) / 20)
+    return np.round(waveform / np.abs(waveform).max() * level * 32768).astype(np.int16), events
 
 
-class Synth:
-    """Synthetic clips without labels; an epoch has 2,000, each made once and then kept: 320 MB at 5 s, in each
-    process that reads. `held_out`: others, 100 of them, that are never trained on."""
+class SynthWaveforms:
+    """Like a list of synthetic waveforms, each made when it is first asked for and then kept: 2,000 of 5 s take 320 MB,
+    in each process that reads."""
 
-    def __init__(self, seconds, held_out=False):
-        self.seconds, self.split, self.made = seconds, "held_out" if held_out else "unlabelled", {}
+    def __init__(self, split, seconds):
+        self.split, self.seconds, self.made = split, seconds, {}
 
-    def __len__(self):
-        return 100 if self.split == "held_out" else 2000
-
-    def crop(self, i, rng):
-        """Clip i, the same each time: int16 (S,)."""
+    def __getitem__(self, i):
         if i not in self.made:
             self.made[i] = synth_clip(i, self.split, self.seconds)[0]
         return self.made[i]
-
-    def name(self, i):
-        """What clip i is called."""
-        return f"synth/{self.split}/{i}"
-
-    def fingerprint(self):
-        """What makes these clips what they are."""
-        return f"synth {self.seconds}"
-
-
-def open_source(data, seconds, held_out=False):
-    """Unlabelled crops of `seconds` for pre-training: data is ["synth"] or a list of packed folders. `held_out`:
-    those that are kept apart, to see how well the training generalises. Raises InputError where there are none."""
-    return Synth(seconds, held_out) if data == ["synth"] else Packed(data, seconds, held_out)
 
 
 # ---------------------------------------------------------------------------------------- labelled sets
 
 
-class Clip(NamedTuple):
-    """A clip as a data set's tables have it."""
-    name: str               # unique in the data set
-    labels: tuple           # names of its classes
-    split: str              # "train", "valid" or "test", or the number of the fold whose test clip it is
-    path: Path | None       # its recording; None where that is missing
-    group: str = ""         # clips of one group, cut from one recording perhaps, stay on one side of a split
-
-
 class FileIndex:
-    """All files below a folder. Data sets get unpacked, converted and moved in many ways: recordings
-    are found by their name, whatever folder they are in and whatever format they have become."""
+    """A data set's root and the files below it. Sets get unpacked, converted and moved in many ways: recordings are
+    found by their name, whatever folder they are in and whatever format they have become."""
 
     def __init__(self, root):
-        self.root, self.tables, self.recordings = root, {}, {}
-        for path, ending in walk(root):
-            if ending in AUDIO:
-                self.recordings.setdefault(path.stem, path)
+        self.root, self.tried = root, ()        # names under which a recording was not found
+
+    @functools.cached_property
+    def files(self):
+        """Tables by their names, and recordings by theirs without ending: two dictionaries of paths."""
+        tables, recordings = {}, {}
+        for path in walk(self.root):
+            if path.suffix.lower() in AUDIO:
+                recordings.setdefault(path.stem, path)
             else:
-                self.tables.setdefault(path.name, path)
+                tables.setdefault(path.name, path)
+        return tables, recordings
 
     def table(self, *names):
         """The path of the table that has one of these names. Raises InputError where there is none."""
         for name in names:
-            if name in self.tables:
-                return self.tables[name]
+            if name in self.files[0]:
+                return self.files[0][name]
         raise InputError(f"{self.root}: no {' or '.join(names)} below it; is the data set's root right?")
 
     def find(self, *names):
         """The path of the recording that has one of these names, without folder and ending, or None."""
-        return next((self.recordings[name] for name in names if name in self.recordings), None)
+        path = next((self.files[1][name] for name in names if name in self.files[1]), None)
+        self.tried = self.tried or (() if path else names)
+        return path
 
 
-def read_table(path, columns, delimiter=","):
-    """Rows of a CSV file with a header line, as dictionaries. Raises InputError for a missing file or column."""
+def read_table(path, columns, delimiter=",", optional=None):
+    """Rows of a CSV file with a header line, as dictionaries. With `optional`, columns that may be missing, says which
+    others are not used. Raises InputError for a missing file or column."""
     with reading(path, "is it a table, and is --data right?"), open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file, delimiter=delimiter)
-        if missing := [c for c in columns if c not in (reader.fieldnames or [])]:
-            raise InputError(f"{path}: no column {', '.join(missing)}; "
-                             f"it has {', '.join(reader.fieldnames or ['none'])}")
+        names = reader.fieldnames or []
+        if missing := [name for name in columns if name not in names]:
+            raise InputError(f"{path}: no column {', '.join(missing)}; it has {', '.join(names or ['none'])}")
         rows = list(reader)
     for number, row in enumerate(rows, 2):
         if None in row or None in row.values():
             raise InputError(f"{path}: line {number} has too {'many' if None in row else 'few'} columns")
+    if optional is not None and (unused := [name for name in names if name not in (*columns, *optional)]):
+        say(f"{path}: not used: {', '.join(unused)}")
     return rows
 
 
-def audioset(root, parts):
+def audioset(index, parts):
     """AudioSet (Gemmeke et al. 2017). parts: which `<part>_segments.csv` to train on."""
-    index = FileIndex(root)
     table = index.table("class_labels_indices.csv")
     classes = {row["mid"]: row["display_name"] for row in read_table(table, ("mid", "display_name"))}
     clips = []
     for part in (*parts, "eval"):
         table = index.table(f"{part}_segments.csv")
-        with reading(table), open(table, newline="", encoding="utf-8") as file:
-            rows = csv.reader((line for line in file if not line.startswith("#")), skipinitialspace=True)
-            for row in rows:
+        with reading(table), open(table, newline="", encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                row = next(csv.reader([line], skipinitialspace=True), [])
+                if not row or row[0].startswith("#"):
+                    continue
                 try:
-                    name, start, mids = row[0], float(row[1]), row[3].split(",")
-                    labels = tuple(classes[mid] for mid in mids)
-                except (IndexError, ValueError, KeyError):
-                    raise InputError(f"{table}: can't read the line {','.join(row)}") from None
-                path = index.find(name, f"Y{name}", *(f"{prefix}{name}_{at}" for prefix in ("", "Y") for at in (
-                    f"{start:.3f}", f"{start:.0f}", f"{1000 * start:.0f}", f"{start:06.0f}")))
+                    name, start, end, mids = row
+                    labels = tuple(classes[mid.strip()] for mid in mids.split(","))
+                    start, end = float(start), float(end)
+                except (ValueError, KeyError):
+                    raise InputError(f"{table}: can't read line {number}: {line.strip()}") from None
+                times = [f"{at:.3f}" for at in (start, end)], [f"{at:.0f}" for at in (start, end)], [
+                    f"{1000 * at:.0f}" for at in (start, end)], [f"{at:06.0f}" for at in (start, end)]
+                path = index.find(*(f"{prefix}{name}{ending}" for prefix in ("", "Y") for ending in (
+                    "", *(f"_{a}" for a, _ in times), *(f"_{a}_{b}" for a, b in times))))
                 clips.append(Clip(name, labels, "test" if part == "eval" else "train", path))
     return clips, list(classes.values())
 
 
-def esc50(root, esc10=False):
+def esc50(index, esc10=False):
     """ESC-50 (Piczak 2015), 50 classes in five folds; or ESC-10, ten of them."""
-    index = FileIndex(root)
     table = index.table("esc50.csv")
     rows = read_table(table, ("filename", "fold", "category", "esc10"))
     if odd := {row["fold"] for row in rows} - set("12345"):
@@ -814,10 +638,10 @@ def esc50(root, esc10=False):
             for row in rows if not esc10 or row["esc10"].strip().lower() == "true"], None
 
 
-def fsdkaggle2019(root, parts):
+def fsdkaggle2019(index, parts):
     """FSDKaggle2019 (Fonseca et al. 2019) as Zenodo has it; train_curated.csv and train_noisy.csv of
     Kaggle serve too, but the test labels only Zenodo has. parts: "curated", "noisy"."""
-    index, clips = FileIndex(root), []
+    clips = []
     for part in (*(f"train_{part}" for part in parts), "test"):
         for row in read_table(index.table(f"{part}_post_competition.csv", f"{part}.csv"),
                               ("fname", "labels")):
@@ -826,18 +650,16 @@ def fsdkaggle2019(root, parts):
     return clips, None
 
 
-def dcase2019(root):
+def dcase2019(index):
     """DCASE 2019 task 1a: TAU Urban Acoustic Scenes 2019, development set (Mesaros et al. 2018)."""
-    index = FileIndex(root)
     return [Clip(row["filename"], (row["scene_label"],), split, index.find(Path(row["filename"]).stem))
             for split, table in (("train", "fold1_train.csv"), ("test", "fold1_evaluate.csv"))
             for row in read_table(index.table(table), ("filename", "scene_label"), "\t")], None
 
 
-def magnatagatune(root, top=50):
+def magnatagatune(index, top=50):
     """MagnaTagATune (Law et al. 2009): its most frequent tags; folders 0 to b train, c valid, d to f
     test. Clips with none of these tags are left out."""
-    index = FileIndex(root)
     table = index.table("annotations_final.csv")
     rows = read_table(table, ("clip_id", "mp3_path"), "\t")
     tags = [name for name in rows[0] if name not in ("clip_id", "mp3_path")] if rows else []
@@ -852,10 +674,10 @@ def magnatagatune(root, top=50):
     return clips, classes
 
 
-def kinetics700(root):
+def kinetics700(index):
     """Kinetics-700 (Carreira et al. 2019), its sound only. Its test labels were held out: the
     validation split is what is tested on."""
-    index, clips = FileIndex(root), []
+    clips = []
     for split, tables in (("train", ("train.csv", "kinetics700_train.csv")),
                           ("test", ("validate.csv", "val.csv", "kinetics700_val.csv"))):
         table = index.table(*tables)
@@ -869,30 +691,52 @@ def kinetics700(root):
     return clips, None
 
 
-def folder(root):
+SPLIT_NAME = re.compile(r"(train|test|val|valid|validation|eval|evaluation|dev)(ing|_?set|_?data)?|fold[ _-]?\d+", re.I)
+
+
+def folder(index):
     """Your own sounds: a sub-folder a class."""
+    root = Path(index.root)
     clips = [Clip(str(path.relative_to(root)), (path.relative_to(root).parts[0],), "", path)
-             for path in audio_files(root) if path.parent != Path(root)]
+             for path in audio_files(root) if path.parent != root]
+    classes = {clip.labels[0] for clip in clips}
     if not clips:
         raise InputError(f"{root}: no sub-folders with recordings, one a class, in it")
-    return split_train_test(clips), None
+    splits = sorted(filter(SPLIT_NAME.fullmatch, classes))
+    if len(splits) > 1 or set(splits) == classes:
+        raise InputError(f"{root}: its folders {', '.join(splits[:3])} look like splits, not classes: name the folder "
+                         "above the classes, or write a table with a column split (--data csv)")
+    return clips, None
 
 
-def own_table(path):
+def own_table(index):
     """Your own sounds in a table: columns file (its path from the table's folder), labels (separated by ;) and,
-    if you like, split (train, valid, test, or the number of a fold) and group (see `Clip`)."""
-    clips = []
-    for row in read_table(path, ("file", "labels")):
-        recording, labels = Path(path).parent / row["file"], [name.strip() for name in row["labels"].split(";")]
-        clips.append(Clip(row["file"], tuple(filter(None, labels)), (row.get("split") or "").strip(),
+    if you like, split or fold (train, valid, test, or the number of a fold) and group (see `Clip`)."""
+    path, clips = Path(index.root), []
+    for row in read_table(path, ("file", "labels"), optional=("split", "fold", "group")):
+        recording, labels = path.parent / row["file"], [name.strip() for name in row["labels"].split(";")]
+        clips.append(Clip(row["file"], tuple(filter(None, labels)), (row.get("split", row.get("fold")) or "").strip(),
                           recording if recording.is_file() else None, (row.get("group") or "").strip()))
     splits = {clip.split for clip in clips}
-    if splits == {""}:
-        return split_train_test(clips), None
-    if not (splits <= {"train", "valid", "test"} or all(split.isdigit() for split in splits)):
+    if not (splits <= {""} or splits <= {"train", "valid", "test"} or all(split.isdigit() for split in splits)):
         raise InputError(f"{path}: split must be train, valid or test, or the number of a fold, in all "
                          f"lines, not {', '.join(sorted(splits))}")
     return clips, None
+
+
+def group_copies(clips):
+    """Files with the same bytes become a group, where they have none: one of them is not tested on what was learned from
+    another. Raises InputError where their labels differ."""
+    sizes, first = collections.Counter(os.path.getsize(clip.path) for clip in clips), {}
+    for n, clip in enumerate(clips):
+        size = os.path.getsize(clip.path)
+        if size and sizes[size] > 1 and os.access(clip.path, os.R_OK):         # what can't be read is left out later
+            digest = hashlib.sha256(clip.path.read_bytes()).hexdigest()
+            other = clips[first.setdefault(digest, n)]
+            if set(other.labels) != set(clip.labels) and identity(other.path) != identity(clip.path):
+                raise InputError(f"{other.name} and {clip.name} are the same content with different labels: delete one")
+            clips[n] = clip._replace(group=clip.group or other.group or digest)
+    return clips
 
 
 def split_train_test(clips):
@@ -909,29 +753,23 @@ def split_train_test(clips):
     return [clip._replace(split=sides[hashed(clip)]) for clip in clips]
 
 
-def merge_duplicates(clips, by_content):
-    """One clip for each recording: rows for the same file are merged, their labels put together.
-
-    Raises InputError where the same file, the same bytes (if by_content) or the same group is in two splits.
-    """
-    sizes = collections.Counter(os.path.getsize(path) for path in {clip.path for clip in clips}) if by_content else {}
+def merge_duplicates(clips):
+    """One clip for each recording: rows for the same file are merged, their labels put together. Raises InputError where
+    the same file or the same group is in two splits."""
     seen, merged = {}, {}
     for clip in clips:
-        file = ("file", identity(clip.path))
-        keys = [file, ("group", clip.group or clip.path)]
-        if by_content and sizes[os.path.getsize(clip.path)] > 1:
-            keys.append(("content", hashlib.sha256(clip.path.read_bytes()).digest()))
-        for key in keys:
-            other = seen.setdefault(key, clip)
+        file = identity(clip.path)
+        for kind, key in (("file", file), ("group or content", clip.group or clip.path)):
+            other = seen.setdefault((kind, key), clip)
             if other.split != clip.split:
-                raise InputError(f"{other.name} ({other.split}) and {clip.name} ({clip.split}) are the same {key[0]}, "
-                                 "but in different splits: delete one, or put both into one split")
+                raise InputError(f"{other.name} ({other.split}) and {clip.name} ({clip.split}) are the same {kind}, but in "
+                                 "different splits: delete one, or put both into one split")
         first = merged.get(file, clip)
         merged[file] = first._replace(labels=tuple(dict.fromkeys(first.labels + clip.labels)))
     return list(merged.values())
 
 
-# Name: (reader, metric). A reader takes the set's root and returns all clips that its tables name, a list of Clip, and
+# Name: (reader, metric). A reader takes a `FileIndex` and returns all clips that its tables name, a list of Clip, and
 # the names of the classes in order, or None: those of the clips, sorted. It raises InputError for a table that is
 # missing or malformed. None for a metric: accuracy if all clips have one label, else mAP.
 READERS = {
@@ -952,31 +790,29 @@ READERS = {
 IN_MEMORY = 24      # hours of labelled clips that are decoded into memory, 115 MB each; more: `pack`
 
 
-class LabelledSet:
-    """Clips with their labels.
+class ClipSet:
+    """Clips, labelled or not.
 
-    waveforms: N int16 arrays at 16 kHz, or `Shards`; labels: N tuples of class numbers; classes: C names;
-    names: N names; splits and groups (N,): see `Clip`; metric: its name. `lengths` (N,) are in samples.
+    clips: N of `Clip`, their labels class numbers; waveforms: like a list of int16 arrays at 16 kHz, such as a `Pack`,
+    and `rows`, the place of each clip in it; classes: C names; metric: its name; seconds: of the longest crop. In an
+    epoch of training each clip gives so many random crops as `crops` says, one at first.
     """
 
-    def __init__(self, waveforms, labels, classes, names, splits, groups, metric):
-        self.waveforms, self.labels, self.classes, self.names, self.metric = waveforms, labels, classes, names, metric
-        packed = isinstance(waveforms, Shards)
-        self.lengths = waveforms.lengths if packed else np.array([len(waveform) for waveform in waveforms])
-        self.splits, self.rows = np.asarray(splits, "U10"), np.arange(len(labels))
-        self.groups = np.array([group or name for group, name in zip(groups, names, strict=True)])
-        self.seconds = 10.0         # of the longest crop that `crop` gives
+    def __init__(self, clips, waveforms, classes=(), metric=None, seconds=10.0, rows=None, crops=None):
+        self.clips, self.waveforms, self.classes, self.metric, self.seconds = clips, waveforms, classes, metric, seconds
+        self.rows = np.arange(len(clips)) if rows is None else rows
+        self.crops = np.ones(len(clips), np.int64) if crops is None else crops
+        self.names, self.labels = [clip.name for clip in clips], [clip.labels for clip in clips]
+        self.splits, self.lengths = np.array([clip.split for clip in clips]), np.array([clip.samples for clip in clips])
+        self.groups = np.array([clip.group or clip.name for clip in clips])
 
     def __len__(self):
-        return len(self.rows)
+        return len(self.clips)
 
     def subset(self, indices):
         """The same set with these clips only. Waveforms are not copied."""
-        part = copy.copy(self)
-        part.rows, part.lengths, part.splits, part.groups = (
-            x[indices] for x in (self.rows, self.lengths, self.splits, self.groups))
-        part.labels, part.names = [self.labels[i] for i in indices], [self.names[i] for i in indices]
-        return part
+        return ClipSet([self.clips[i] for i in indices], self.waveforms, self.classes, self.metric, self.seconds,
+                       self.rows[indices], self.crops[indices])
 
     def waveform(self, i):
         """Clip i, whole: int16 (S,)."""
@@ -1009,160 +845,121 @@ class LabelledSet:
         seed are part of larger ones.
         """
         by_class = self.clips_by_class()
-        priority = np.random.default_rng(seed).permutation(len(self))       # of each clip
+        order = np.random.default_rng(seed).permutation(len(self))          # of the clips, within each class
         none = len(by_class)                                # in place of a class, for clips without labels
         rarest = np.array([min(own, key=lambda c: len(by_class[c]), default=none) for own in self.labels])
         keep = set()
         for c, clips in enumerate([*by_class, np.flatnonzero(rarest == none)]):
-            clips = clips[np.argsort(priority[clips])]
+            clips = clips[np.argsort(order[clips])]
             own = clips[rarest[clips] == c]
             keep.update(own[:round(fraction * len(own))])
             if c != none:
                 keep.update(clips[:1])
         return self.subset(np.array(sorted(keep)))
 
+    def digest(self):
+        """A hash of the clips' names, labels and lengths, whatever their order."""
+        lines = sorted(f"{clip.name} {sorted(self.classes[c] for c in clip.labels)} {clip.samples}" for clip in self.clips)
+        return hashlib.sha256("\n".join(lines).encode(errors="backslashreplace")).hexdigest()
+
     def fingerprint(self):
-        """What to compare when numbers differ: clips, a hash of their names and labels, mean and
-        standard deviation of the log-mels (before normalisation) of 200 of them."""
-        text = "\n".join(f"{name} {';'.join(sorted(self.classes[c] for c in own))}"
-                         for name, own in sorted(zip(self.names, self.labels, strict=True)))
-        digest = hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:8]
+        """What to compare when numbers differ: clips, a hash of their names, labels and lengths, mean and standard
+        deviation of the log-mels (before normalisation) of 200 of them."""
         some = np.argsort(self.names)[np.linspace(0, len(self) - 1, min(len(self), 200)).astype(int)]
         frontend = LogMel()
-        values = torch.cat([frontend(torch.from_numpy(self.waveform(i))[None])[0] for i in some])
-        return f"{len(self)} clips {digest} log-mel {values.mean():.3f} +- {values.std():.3f}"
+        values = torch.cat([frontend(torch.from_numpy(np.array(self.waveform(i)))[None])[0] for i in some])
+        return f"{len(self)} clips {self.digest()[:8]} log-mel {values.mean():.3f} +- {values.std():.3f}"
 
 
 def synth(train=1000, test=500):
-    """Synthetic clips, labelled with the classes of the events in them."""
-    classes = list(SOUND_CLASSES)
-    jobs = [("train", i) for i in range(train)] + [("test", i) for i in range(test)]
-    made = [synth_clip(i, split) for split, i in
-            tqdm(jobs, "synth", unit=" clips", leave=False, disable=None)]
-    labels = [tuple({classes.index(event[0]) for event in events}) for _, events in made]
-    return LabelledSet([waveform for waveform, _ in made], labels, classes,
-                       [f"synth/{split}/{i}" for split, i in jobs], [split for split, _ in jobs], [""] * len(jobs),
-                       "mAP")
+    """Synthetic clips, labelled with the classes of the events in them: a list of `Clip`, and their waveforms."""
+    classes, clips, waveforms = list(SOUND_CLASSES), [], []
+    for split, i in tqdm([("train", i) for i in range(train)] + [("test", i) for i in range(test)], "synth",
+                         unit=" clips", leave=False, disable=None):
+        waveform, events = synth_clip(i, split)
+        labels = tuple({classes.index(event[0]) for event in events})
+        clips.append(Clip(f"synth/{split}/{i}", labels, split, None, samples=len(waveform)))
+        waveforms.append(waveform)
+    return clips, waveforms
 
 
 def read_tables(data, root):
-    """A labelled set before its audio: (the clips that are there, their labels as class numbers; how many are
-    missing; classes; metric). Raises InputError where no clip is there."""
+    """A labelled set before its audio: (the clips that are there, their labels as class numbers; a dictionary of data,
+    classes, metric, and how many clips are missing). Raises InputError where no clip is there."""
     reader, metric = READERS[data]
     if root is None:
         place = "table" if data == "csv" else "folder where it lies"
         raise InputError(f"--data {data} needs --root, the {place}")
-    named, classes = reader(root)
+    index = FileIndex(root)
+    named, classes = reader(index)
     classes = classes or sorted({label for clip in named for label in clip.labels})
     number = {name: c for c, name in enumerate(classes)}
     clips = [clip._replace(labels=tuple(number[label] for label in clip.labels)) for clip in named if clip.path]
     if not clips:
         raise InputError(f"{root}: none of the {len(named)} recordings of {data} is there, such as {named[0].name}"
+                         + f" (looked for {', '.join(index.tried)}, with any ending of audio)" * bool(index.tried)
                          if named else f"{root}: its tables name no clips")
-    missing, clips = len(named) - len(clips), merge_duplicates(clips, by_content=data in ("folder", "csv"))
+    missing = len(named) - len(clips)
+    if data in ("folder", "csv"):
+        clips = group_copies(clips)
+        if not any(clip.split for clip in clips):
+            clips = split_train_test(clips)
+    clips = merge_duplicates(clips)
     if metric is None:
         metric = "accuracy" if all(len(clip.labels) == 1 for clip in clips) else "mAP"
-    return clips, missing, classes, metric
+    return clips, dict(data=data, classes=classes, metric=metric, missing=missing)
 
 
-def load_labelled(data, root=None, workers=None, say=print):
+def load_labelled(data, root=None, workers=None):
     """The labelled set of this name in READERS, from its root or from where `pack --data` put it.
 
-    Says in a line what is there and what is not. Raises InputError for what is missing or damaged.
+    Says what is there and what is not. Raises InputError for what is missing or damaged.
     """
+    skipped = []
     if data == "synth":
-        result, missing, reasons = synth(), 0, []
-    elif root is not None and (Path(root) / "source.txt").exists():
-        if not (Path(root) / "labels.json").exists():
-            raise InputError(f"{root}: was packed without labels; pack the data set with --data {data}")
-        with reading(f"{root}/labels.json", "delete the folder and pack again"):
-            content, shards = json.loads((Path(root) / "labels.json").read_text()), Shards(root)
-            if content["data"] != data:
-                raise InputError(f"{root}: holds packed {content['data']}, not {data}: name it with --data")
-            result = LabelledSet(shards, [tuple(own) for own in content["labels"]], content["classes"], shards.names,
-                                 content["splits"], content["groups"], content["metric"])
-            result.targets(range(len(shards)))          # an error where the lists don't fit
-            missing = content["missing"]
-            reasons = (Path(root) / "skipped.txt").read_text("utf-8").split("\n")[:-1]
+        (clips, waveforms), header = synth(), dict(classes=list(SOUND_CLASSES), metric="mAP", missing=0)
+    elif root is not None and any((Path(root) / name).exists() for name in ("index.jsonl", "index.npy")):
+        waveforms = Pack(root)
+        clips, header, skipped = waveforms.clips, waveforms.header, waveforms.skipped
+        if header.get("data") != data:
+            raise InputError(f"{root}: holds packed {header.get('data', 'audio without labels')}, not {data}: name it "
+                             f"with --data, or pack the data set with --data {data}")
+        with reading(root, "delete it and pack again"):
+            assert {c for clip in clips for c in clip.labels} <= set(range(len(header["classes"]))), "no such class"
     else:
-        clips, missing, classes, metric = read_tables(data, root)
-        waveforms, kept, reasons, samples = [], [], [], 0
-        for clip, (path, waveform) in zip(clips, decode([clip.path for clip in clips], workers), strict=True):
-            if isinstance(waveform, str):
-                reasons.append(f"{path}: {waveform}")
+        named, header = read_tables(data, root)
+        clips, waveforms, samples = [], [], 0
+        for clip, (waveform, _, note) in zip(named, decode([clip.path for clip in named], workers), strict=True):
+            if waveform is None:
+                skipped.append(f"{clip.name}: {note}")
                 continue
-            waveforms.append(np.concatenate(list(read_blocks(path))) if waveform is None else waveform)
-            kept.append(clip)
-            samples += len(waveforms[-1])
+            waveforms.append(waveform)
+            clips.append(clip._replace(samples=len(waveform), note=note))
+            samples += len(waveform)
             if samples > IN_MEMORY * 3600 * SAMPLE_RATE:
                 raise InputError(f"{root}: more than {IN_MEMORY} hours, too much to decode in each run: "
                                  f"first python datasets.py pack {root} OUT --data {data}, then --root OUT")
-        if not kept:
-            raise InputError(f"{root}: none of the {len(clips)} recordings can be read: {reasons[0]}, ...")
-        result = LabelledSet(waveforms, [clip.labels for clip in kept], classes, [clip.name for clip in kept],
-                             [clip.split for clip in kept], [clip.group for clip in kept], metric)
-    if missing + len(reasons) > len(result):
+        if not clips:
+            raise InputError(f"{root}: none of the {len(named)} recordings can be read: {skipped[0]}, ...")
+    result = ClipSet(clips, waveforms, header["classes"], header["metric"])
+    hours = result.lengths.sum() / SAMPLE_RATE / 3600
+    say(f"{data}: {len(result)} clips, {hours:.2f} hours; {header['missing']} missing, {len(skipped)} unreadable")
+    say_some(f"{len(result.classes)} classes", [f"{name} {len(own)}" for name, own in
+                                                zip(result.classes, result.clips_by_class(), strict=True)], ", ")
+    say_some("unreadable", skipped)
+    say_some("not as long as they say", [f"{clip.name}: {clip.note}" for clip in clips if clip.note])
+    if header["missing"] + len(skipped) > len(clips):
         say(f"warning: more than half of {data} is missing or unreadable; is all of it below {root}?")
-    say(f"{data}: {len(result)} clips, {len(result.classes)} classes, "
-        f"{result.lengths.sum() / SAMPLE_RATE / 3600:.2f} hours; {missing} missing, {len(reasons)} unreadable"
-        + f" ({'; '.join(reasons[:3])}{'; ...' * (len(reasons) > 3)})" * bool(reasons))
     return result
-
-
-def pack_labelled(data, root, out, **options):
-    """`pack` for a labelled set: its labels go into `labels.json`. Silent clips stay. As `pack`."""
-    clips, missing, classes, metric = read_tables(data, root)
-    kept, skipped = pack([clip.path for clip in clips], [clip.name for clip in clips], out, keep_silent=True, **options)
-    write_whole(Path(out) / "labels.json", json.dumps(dict(
-        data=data, classes=classes, metric=metric, missing=missing,
-        labels=[clips[i].labels for i in kept], splits=[clips[i].split for i in kept],
-        groups=[clips[i].group for i in kept])))
-    return kept, skipped
-
-
-# ESC-50 by its author. The checksum is of meta/esc50.csv, as GitHub sometimes regenerates the zip.
-ESC50_URL = "https://github.com/karolpiczak/ESC-50/archive/refs/heads/master.zip"
-ESC50_MD5 = "54a0d0055a10bb7df84ad340a148722e"
-
-
-def download_esc50(root):
-    """Put ESC-50 (600 MB) below `root`, where it isn't yet. Raises InputError where it can't be had."""
-    root, part = Path(root), Path(root) / "ESC-50.part"
-    if any(part not in table.parents for table in root.rglob("esc50.csv")):
-        return
-    part.mkdir(parents=True, exist_ok=True)
-    try:
-        torch.hub.download_url_to_file(ESC50_URL, part / "ESC-50.zip")
-        with zipfile.ZipFile(part / "ESC-50.zip") as archive:
-            archive.extractall(part)
-        md5 = hashlib.md5(FileIndex(part).table("esc50.csv").read_bytes()).hexdigest()
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{ESC50_URL}: {error}; run the same command again") from None
-    if md5 != ESC50_MD5:
-        raise InputError(f"{ESC50_URL}: its table is not the official one (its MD5 is {md5}, not {ESC50_MD5})")
-    (part / "ESC-50.zip").unlink()
-    part.rename(root / "ESC-50")
 
 
 # ---------------------------------------------------------------------------------------------- batches
 
 
-def shuffled(position, count, seed):
-    """Where `position` goes in a random order of range(count), without writing the order down.
-
-    A Feistel network, a cipher, permutes the next power of four; what falls outside the range is
-    sent through again until it falls inside. So any update of a run knows its clips at once.
-    """
-    half = (max(count - 1, 1).bit_length() + 1) // 2        # bits in half a position
-    low = (1 << half) - 1
-    while True:
-        left, right = position >> half, position & low
-        for turn in range(4):
-            digest = hashlib.blake2b(f"{seed} {turn} {right}".encode(), digest_size=8).digest()
-            left, right = right, left ^ (int.from_bytes(digest, "little") & low)
-        position = (left << half) | right
-        if position < count:
-            return position
+@functools.lru_cache(maxsize=1024)
+def shuffled(count, *seed):
+    """A random order of range(count), the same for the same seed."""
+    return np.random.default_rng(seed).permutation(count)
 
 
 def derive_seed(*numbers):
@@ -1171,7 +968,7 @@ def derive_seed(*numbers):
 
 
 class ClipStream(torch.utils.data.Dataset):
-    """Crop n of an endless stream of shuffled epochs: (int16 waveform, its number in the source).
+    """Crop n of an endless stream of shuffled epochs: (int16 waveform, the number of its clip).
 
     With `clips_by_class` the stream is balanced (Sec. 4.1): in every round of C draws each of the C classes comes
     once, and all clips of a class come before one is repeated.
@@ -1179,18 +976,18 @@ class ClipStream(torch.utils.data.Dataset):
     """
 
     def __init__(self, source, seed, clips_by_class=None):
-        self.source, self.seed = source, seed
+        self.source, self.seed, self.ends = source, seed, np.cumsum(source.crops)
         self.clips_by_class = clips_by_class and [clips for clips in clips_by_class if len(clips)]
 
     def number(self, n):
-        """Which crop of the source comes n-th in the stream."""
+        """Which clip comes n-th in the stream."""
         if self.clips_by_class is None:
-            epoch, position = divmod(n, len(self.source))
-            return shuffled(position, len(self.source), f"{self.seed} {epoch}")
+            epoch, position = divmod(n, int(self.ends[-1]))
+            return int(np.searchsorted(self.ends, shuffled(int(self.ends[-1]), self.seed, epoch)[position], "right"))
         turn, position = divmod(n, len(self.clips_by_class))
-        c = shuffled(position, len(self.clips_by_class), f"{self.seed} classes {turn}")
+        c = shuffled(len(self.clips_by_class), self.seed, turn)[position]
         epoch, position = divmod(turn, len(self.clips_by_class[c]))
-        return int(self.clips_by_class[c][shuffled(position, len(self.clips_by_class[c]), f"{self.seed} {c} {epoch}")])
+        return int(self.clips_by_class[c][shuffled(len(self.clips_by_class[c]), self.seed, c, epoch)[position]])
 
     def __getitem__(self, n):
         i = self.number(n)
@@ -1211,7 +1008,7 @@ def collate(clips, samples=None):
 
 def batches(source, batch_size, updates, seed, first=0, rank=0, world=1, workers=None, samples=None,
             clips_by_class=None):
-    """Batches for updates `first` to `updates`: this process's part of each global batch.
+    """Batches for updates `first` to `updates`: the part of process `rank`, of `world`, of each global batch.
 
     Update u draws crops u * batch_size and on of the `ClipStream`, whatever the number of processes. Each
     batch is as `collate` gives it, padded to `samples` or to its longest clip. `workers` processes read ahead
@@ -1220,12 +1017,187 @@ def batches(source, batch_size, updates, seed, first=0, rank=0, world=1, workers
     local_batch = batch_size // world
     if workers is None:
         workers = min(8, cores()) if torch.cuda.is_available() else 0
-    numbers = (range(u * batch_size + rank * local_batch, u * batch_size + (rank + 1) * local_batch)
-               for u in range(first, updates))
+    starts = (u * batch_size + rank * local_batch for u in range(first, updates))
     return torch.utils.data.DataLoader(
-        ClipStream(source, seed, clips_by_class), batch_sampler=numbers, num_workers=workers,
-        collate_fn=functools.partial(collate, samples=samples),
-        worker_init_fn=init_worker, pin_memory=torch.cuda.is_available())
+        ClipStream(source, seed, clips_by_class), batch_sampler=(range(n, n + local_batch) for n in starts),
+        num_workers=workers, collate_fn=functools.partial(collate, samples=samples), worker_init_fn=init_worker,
+        pin_memory=torch.cuda.is_available())
+
+
+# ------------------------------------------------------------------- what the three scripts have in common
+
+
+def rank():
+    """The number of this process among those that torchrun started; 0 writes files and prints."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    """The number of processes."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def say(text):
+    """Print a line, in the first process only."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
+def say_some(title, texts, separator="; ", most=10):
+    """Print texts in a line: all, or the first and last few. Nothing where there are none."""
+    if texts:
+        shown = texts if len(texts) <= most else [*texts[:most // 2], "...", *texts[-(most // 2):]]
+        say(f"{title}: {separator.join(shown)}")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors; the docstring is the description."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message):
+        """Print the error and exit with code 2."""
+        self.exit(2, f"{self.prog}: {message}; --help explains\n")
+
+
+def in_range(kind, low, high):
+    """An argparse type: an int or float from `low` to `high`."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a {'whole ' * (kind is int)}number") from None
+        if not low <= value <= high:            # written so that NaN is refused too
+            raise argparse.ArgumentTypeError(f"must be {low:g} to {high:g}, not {text}")
+        return value
+    return parse
+
+
+def file_path(text):
+    """An argparse type: a path, in which ~ is the home folder."""
+    return os.path.expanduser(text)
+
+
+def run_script(main):
+    """Run a script's main function: what the user can mend ends in one line and exit code 2."""
+    sys.stdout.reconfigure(errors="backslashreplace")       # file names may hold anything
+    code = 2
+    try:
+        return main()
+    except (InputError, OSError) as error:
+        message = str(error).strip().split("\n")[-1]        # those of data workers come with their traceback
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            message = f"{error.filename or 'the disk'}: no space left; make room, then continue with the same command"
+    except (RuntimeError, MemoryError) as error:
+        if "DataLoader worker" in str(error):
+            message = "a process that reads data was killed (out of memory?): --resume continues, with fewer --workers"
+        elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate" in str(error):
+            message = "out of memory: give a smaller --micro-batch or --size, or shorter recordings"
+        else:
+            raise
+    except KeyboardInterrupt:
+        message, code = "interrupted", 130
+    finally:
+        # Data workers ignore SIGTERM, with which Python would end them, and wait for that for ever.
+        if (workers := multiprocessing.active_children()) and hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's handler would report their end as an error
+            for worker in workers:
+                worker.kill()
+    tqdm.write(f"{Path(sys.argv[0]).name}: {message}", sys.stderr)         # below a bar, not into it
+    sys.exit(code)
+
+
+class Bar(tqdm):
+    """A run's progress: a bar where stderr is a terminal, else a line every minute; neither if `silent`."""
+
+    def __init__(self, total, initial, label, silent=False):
+        super().__init__(total=total, initial=initial, desc=label, unit=" updates", smoothing=0.05,
+                         disable=True if silent else None)
+        self.label, self.silent, self.printed = label, silent, time.time()
+
+    def show(self, done, text):
+        """`done` updates are done; `text` says how it goes."""
+        self.update(done - self.n)
+        self.set_postfix_str(text, refresh=False)
+        if self.disable and not self.silent and time.time() - self.printed > 60:
+            sys.stderr.write(f"{self.label}: update {done} of {self.total}: {text}\n")
+            self.printed = time.time()
+
+
+def cores():
+    """How many of the machine's cores this process may use, shared with the others that torchrun started."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def find_device(name=None, world=1):
+    """The device of this name, or the best there is; of several GPUs, the one of this process. Raises InputError where
+    there is none, or not for `world` processes."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available() and world == 1
+    name = name or ("cuda" if cuda else "mps" if mps else "cpu")
+    if not {"cuda": cuda, "mps": mps, "cpu": True}[name]:
+        raise InputError(f"--device {name}: this torch has none" + ", or not for several processes" * (world > 1)
+                         + "; leave --device out")
+    if name == "cuda":
+        # On Hopper, torch 2.11 and later prefer cuDNN's attention, which rounds the share that dropout drops
+        # (pytorch#174245) and plans anew for every shape.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+
+
+@contextlib.contextmanager
+def reading(path, remedy="get it again"):
+    """Whatever goes wrong within, while a file is read, is an InputError in one line that names the file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except Exception as error:      # there is no telling what damaged content leads to
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise InputError(f"{path}: damaged, or not what it should be ({reason}); {remedy}") from None
+
+
+@contextlib.contextmanager
+def claim(folder):
+    """Make a folder and lock it for writing, within a `with`. Raises InputError where another process has it."""
+    if Path(folder).is_file():
+        raise InputError(f"{folder}: is a file; name a folder")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(Path(folder) / ".lock", timeout=0):
+            yield
+    except filelock.Timeout:
+        raise InputError(f"{folder}: another process is writing there; wait for it, or name another folder") from None
+
+
+def write_whole(path, content):
+    """Write a file so that, even if the power fails, `path` is either the old one or the new one.
+
+    content is text, or a function that writes into the open binary file.
+    """
+    part = Path(f"{path}.part")
+    try:
+        with open(part, "wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode("utf-8", "backslashreplace"))
+            file.flush()
+            os.fsync(file.fileno())
+    except Exception:
+        part.unlink(missing_ok=True)        # on a full disk it would only be in the way
+        raise
+    os.replace(part, path)
+
+
+def write_events(path, events):
+    """A table of events (file name, onset, offset in seconds, class) in DCASE's format; blanks for tabs in names."""
+    rows = [("filename", "onset", "offset", "event_label")]
+    rows += [(name, f"{onset:.2f}", f"{offset:.2f}", label) for name, onset, offset, label in events]
+    write_whole(path, "".join("\t".join(" ".join(cell.split()) for cell in row) + "\n" for row in rows))
 
 
 # ----------------------------------------------------------------------------------------- command line
@@ -1235,20 +1207,16 @@ def main():
     """The command line: `pack` and `synth`."""
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("pack", help="decode a folder of recordings into int16 shards")
-    command.add_argument("folder", help="recordings, in sub-folders too: " + " ".join(AUDIO))
-    command.add_argument("out", help="folder to write; 115 MB an hour. If it was interrupted, it continues there")
+    command = commands.add_parser("pack", help="decode a folder of recordings into one file")
+    command.add_argument("folder", type=file_path, help="recordings, in sub-folders too, or the root of a labelled set")
+    command.add_argument("out", type=file_path, help="folder to write; 115 MB an hour. If it was interrupted, it continues")
     command.add_argument("--data", choices=[name for name in READERS if name != "synth"],
                          help="pack this labelled data set, with its labels, for finetune.py")
-    command.add_argument("--shard-hours", type=in_range(float, 1e-3, 100), default=5.0,
-                         help="hours in a file (%(default)s)")
-    command.add_argument("--workers", type=in_range(int, 1, 1024),
-                         help="processes that decode (as many as cores)")
-    command.add_argument("--keep-silent", action="store_true", help="pack recordings too that are "
-                         "never louder than -60 dB; their latents are all alike, so pre-training learns "
-                         "nothing from them (labelled sets keep them anyway)")
+    command.add_argument("--workers", type=in_range(int, 1, 1024), help="processes that decode (as many as cores)")
+    command.add_argument("--keep-silent", action="store_true", help="pack recordings too that are never louder than "
+                         "-60 dB, from which pre-training learns nothing (those of labelled sets always are)")
     command = commands.add_parser("synth", help="write synthetic clips as .wav and what is in them")
-    command.add_argument("out", help="folder to write")
+    command.add_argument("out", type=file_path, help="folder to write")
     command.add_argument("--clips", type=in_range(int, 1, 10**6), default=10, help="(%(default)s)")
     args = parser.parse_args()
     if args.command == "synth":
@@ -1263,21 +1231,21 @@ def main():
         write_events(Path(args.out) / "events.tsv", rows)
         print(f"{args.clips} clips, and when what sounds in them (events.tsv), in {args.out}")
         return
-    began, options = time.time(), dict(shard_hours=args.shard_hours, workers=args.workers)
+    began = time.time()
     if args.data:
-        kept, skipped = pack_labelled(args.data, args.folder, args.out, **options)
+        clips, header = read_tables(args.data, args.folder)
     else:
         files = [path for path in audio_files(args.folder) if path.exists()]        # some may be links to nowhere
         files = sorted({identity(path): path for path in reversed(files)}.values())     # of two names the first
-        names = [str(path.relative_to(args.folder)) for path in files]
-        kept, skipped = pack(files, names, args.out, keep_silent=args.keep_silent, **options)
-    hours, minutes = Shards(args.out).lengths.sum() / SAMPLE_RATE / 3600, (time.time() - began) / 60
-    print(f"{len(kept)} recordings, {hours:.2f} hours, in {args.out}; {minutes:.1f} min, "
+        clips, header = [Clip(str(path.relative_to(args.folder)), (), "", path) for path in files], {}
+    packed = pack(clips, args.out, header, args.workers, args.keep_silent or bool(args.data))
+    samples, minutes = sum(clip.samples for clip in packed.clips), (time.time() - began) / 60
+    hours = samples / SAMPLE_RATE / 3600
+    print(f"{len(packed)} recordings, {hours:.2f} hours, in {args.out}; {minutes:.1f} min, "
           f"{hours / minutes:.1f} hours a minute")
-    if skipped:
-        silent = sum(": silent" in line for line in skipped)
-        print(f"{len(skipped)} skipped, {silent} of them silent; listed in {Path(args.out) / 'skipped.txt'}:",
-              *skipped[:10], *["..."] * (len(skipped) > 10), sep="\n  ")
+    silent = sum(": silent" in line for line in packed.skipped)
+    say_some(f"{len(packed.skipped)} skipped, {silent} of them silent", packed.skipped, "\n  ")
+    say_some("not as long as they say, used as they are", [f"{x.name}: {x.note}" for x in packed.clips if x.note], "\n  ")
 
 
 if __name__ == "__main__":

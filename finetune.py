@@ -14,12 +14,14 @@ The run's folder has a model for each fold and fraction, and a line of JSON for 
 
 Shapes: B clips, S samples, T frames, L latents in time, D width, C classes.
 """
+import contextlib
 import copy
 import functools
 import hashlib
+import importlib.util
 import json
 import math
-import os
+import sys
 import time
 from pathlib import Path
 
@@ -33,12 +35,14 @@ from tqdm import tqdm
 
 import augment
 import metrics
-from conformer import BatchNorm, Dropout
-from datasets import (READERS, Bar, InputError, Parser, batches, claim, collate, derive_seed, download_esc50,
-                      find_device, in_range, load_labelled, open_audio, read_audio, reading, run_script, write_events)
+from datasets import (READERS, Bar, InputError, Parser, batches, claim, collate, derive_seed, file_path, find_device,
+                      in_range, load_labelled, open_audio, rank, read_blocks, reading, run_script, say, to_int16,
+                      world_size, write_events, write_whole)
 from frontend import HOP, MELS, SAMPLE_RATE, LogMel, frame_count, mean_and_variance, padding_mask
-from pretrain import MAX_CONSECUTIVE_SKIPS, autocast, finish, init_distributed, parse_run, save_checkpoint
-from wav2vec2 import SIZES, Wav2Vec2, load_checkpoint, load_encoder, load_weights
+from pretrain import (MAX_CONSECUTIVE_SKIPS, SIGNALS, add_running_options, agree, all_reduce, autocast, compile_blocks,
+                      fetch, finish, init_distributed, load_checkpoint, load_encoder, load_weights, resume,
+                      save_checkpoint)
+from wav2vec2 import SIZES, Wav2Vec2
 
 # Each metric's function returns its value, or one for each class, to be averaged.
 METRICS = dict(accuracy=metrics.accuracy, mAP=metrics.average_precisions, MAUC=metrics.areas_under_roc,
@@ -49,7 +53,7 @@ METRICS = dict(accuracy=metrics.accuracy, mAP=metrics.average_precisions, MAUC=m
 # does not print. ESC-10 and synth were tried here, the others not; sets of one's own, often as small, get ESC-10's.
 DEFAULTS = dict(updates=2000, batch_size=32, lr=5e-4, seconds=10.0, head="mean", head_dropout=0.1,
                 balance=False, augment=["jitter", "time_mask", "mixup"], consistency=2.0, loss="bce", encoder_lr=1.0,
-                layer="last")
+                layer="last", checkpoint_every=500)
 FEW_LABELS = dict(updates=1000, batch_size=16, lr=1e-3, head="stats", augment=["jitter"], consistency=0.0,
                   encoder_lr=0.1, layer="middle")
 RECIPES = {
@@ -68,6 +72,7 @@ RECIPES = {
     "kinetics700": dict(updates=60_000, batch_size=256, lr=3e-4),
 }
 FREEZE_LR = 1e-2        # a linear layer on standardised embeddings takes a larger learning rate
+LONGEST = 12            # hours of a recording that --predict and --embed take: 2.2 GB in `large`
 
 
 def linear_softmax(logits, padding_mask=None):
@@ -77,16 +82,10 @@ def linear_softmax(logits, padding_mask=None):
     log(sum of p^2) - log(sum of p (1 - p)), which has gradients however large the logits are.
     (B, L, C), padding_mask (B, L) or None -> (B, C).
     """
-    squares, rest = linear_softmax_sums(logits, padding_mask)
-    return squares - rest
-
-
-def linear_softmax_sums(logits, padding_mask=None):
-    """log(sum of p^2) and log(sum of p (1 - p)) over time: (B, L, C), padding_mask (B, L) or None -> two (B, C)."""
     log_p, log_not_p = F.logsigmoid(logits.float()), F.logsigmoid(-logits.float())
     if padding_mask is not None:
         log_p = log_p.masked_fill(padding_mask[:, :, None], -torch.inf)
-    return (2 * log_p).logsumexp(1), (log_p + log_not_p).logsumexp(1)
+    return (2 * log_p).logsumexp(1) - (log_p + log_not_p).logsumexp(1)
 
 
 def mean_over_time(x, padding_mask=None):
@@ -104,50 +103,36 @@ def stats_over_time(x, padding_mask=None):
     return torch.cat([mean, (variance + 1e-6).sqrt()], 1)       # without it, sqrt has no gradient at 0
 
 
-class SumOverProcesses(torch.autograd.Function):
-    """The sum of a tensor over all processes, with its gradient, which `dist.all_reduce` by itself does not have."""
-
-    @staticmethod
-    def forward(ctx, x):
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return SumOverProcesses.forward(ctx, gradient)      # the losses of all processes depend on the sum
-
-
-class Standardise(BatchNorm):
-    """Each component to mean 0 and variance 1 over a batch's steps that are not padding, those of all processes: one
-    alone may have very few. (B, L, D), padding_mask (B, L) or None -> (B, L, D)."""
+class Standardise(nn.Module):
+    """Each component to mean 0 and variance 1, as measured once over training clips. (..., D) -> (..., D)."""
 
     def __init__(self, dim):
-        super().__init__(dim, affine=False)
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("std", torch.ones(dim))
 
-    def forward(self, x, padding_mask=None):
-        if not (self.training and dist.is_initialized()):
-            return super().forward(x, padding_mask)
-        valid = x.flatten(0, 1) if padding_mask is None else x[~padding_mask]       # (N, D)
-        add = SumOverProcesses.apply
-        count = add(valid.new_tensor(len(valid)))
-        mean = add(valid.sum(0)) / count
-        variance = add((valid - mean).square().sum(0)) / count
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-        return (x - mean) * torch.rsqrt(variance + self.eps)
+    def forward(self, x):
+        return (x - self.mean) / self.std
+
+
+def block_number(encoder, layer):
+    """The number of a block, from 1 on: of "last", or of "middle", whose embeddings did best on ESC-10 (README).
+    Raises InputError where there are fewer."""
+    blocks = encoder.settings["blocks"]
+    number = {"middle": (blocks + 1) // 2, "last": blocks}.get(layer, layer)
+    if number > blocks:
+        raise InputError(f"--layer {layer}: the model has only {blocks} conformer blocks")
+    return number
 
 
 class Classifier(nn.Module):
-    """A pre-trained encoder, up to block `layer` (see `Wav2Vec2.block_number`, which may raise InputError), and one of
+    """A pre-trained encoder, up to block `layer` (see `block_number`, which may raise InputError), and one of
     the paper's two heads (Sec. 4), or a third: log-mels to logits (B, C).
 
     head "frames" is AudioSet's: a linear layer at each step, then linear softmax pooling. head "mean" is that of
     all other tasks: embeddings averaged over time, then a linear layer. head "stats", not the paper's, sees their
     standard deviation over time too (Snyder et al. 2017), which with few labels is worth much. With `freeze` the
-    encoder stays as it is. Then, and for "stats", the linear layer gets its input standardised, as in MAE's linear
-    probe (He et al. 2022).
+    encoder stays as it is. Then, and for "stats", the linear layer gets its input standardised (`fit_standardise`).
     """
 
     def __init__(self, encoder, classes, head="mean", dropout=0.1, freeze=False, layer="last"):
@@ -155,15 +140,15 @@ class Classifier(nn.Module):
         if head not in ("mean", "stats", "frames"):
             raise ValueError(f"no head '{head}'")
         self.encoder, self.head, self.freeze = encoder, head, freeze
-        self.single_label = False       # `load` sets it for what --loss ce trained: softmax, not sigmoids
+        self.single_label = False       # `load_run` sets it for what --loss ce trained: softmax, not sigmoids
         encoder.requires_grad_(not freeze)
         encoder.output_proj.requires_grad_(False)       # only pre-training needs these two, and
         encoder.mask_embedding.requires_grad_(False)    # DDP refuses unused parameters
-        self.layer = encoder.block_number(layer)
+        self.layer = block_number(encoder, layer)
         encoder.conformer.blocks[self.layer:].requires_grad_(False)
         dim = encoder.settings["dim"] * (2 if head == "stats" else 1)
-        self.standardise = Standardise(dim) if freeze or head == "stats" else None
-        self.dropout = Dropout(dropout)
+        self.standardise = Standardise(dim) if freeze or head == "stats" else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(dim, classes)
 
     def train(self, mode=True):
@@ -173,24 +158,34 @@ class Classifier(nn.Module):
             self.encoder.eval()
         return self
 
-    def classify(self, x, padding_mask=None):
-        """Embeddings (B, L, D), padding_mask (B, L) or None -> logits (B, L, C), float32: in bf16 many would tie."""
+    def frame_logits(self, x):
+        """Embeddings (..., D) -> logits (..., C), float32: in bf16 many would tie."""
         with torch.autocast(x.device.type, enabled=False):
-            x = x.float()
-            if self.standardise is not None:
-                x = self.standardise(x, padding_mask)
-            return self.linear(self.dropout(x))
+            return self.linear(self.dropout(self.standardise(x.float())))
 
-    def pool(self, x, padding_mask=None):
-        """The head: embeddings (B, L, D) and their padding mask (B, L) or None -> logits (B, C)."""
+    def summary(self, x, padding_mask=None):
+        """What the linear layer sees of a clip: its embeddings (B, L, D), or their statistics over time (B, D)."""
         if self.head == "frames":
-            return linear_softmax(self.classify(x, padding_mask), padding_mask)
-        pool = stats_over_time if self.head == "stats" else mean_over_time
-        return self.classify(pool(x.float(), padding_mask)[:, None])[:, 0]
+            return x
+        return (stats_over_time if self.head == "stats" else mean_over_time)(x.float(), padding_mask)
+
+    def clip_logits(self, x, padding_mask=None):
+        """The head: embeddings (B, L, D) and their padding mask (B, L) or None -> logits (B, C)."""
+        logits = self.frame_logits(self.summary(x, padding_mask))
+        return linear_softmax(logits, padding_mask) if self.head == "frames" else logits
+
+    @torch.no_grad()
+    def fit_standardise(self, log_mels):
+        """Measure mean and deviation of what the linear layer sees, from clips (1, T, 64), as the encoder is now."""
+        self.eval()
+        mean, variance = mean_and_variance(
+            self.summary(*self.encoder.encode(log_mel, layer=self.layer)).flatten(0, -2) for log_mel in log_mels)
+        self.standardise.mean.copy_(mean)
+        self.standardise.std.copy_(variance.clamp(min=1e-8).sqrt())
 
     def forward(self, log_mel, padding_mask=None):
         """log_mel (B, T, 64), padding_mask (B, T) or None -> logits (B, C), float32."""
-        return self.pool(*self.encoder.encode(log_mel, padding_mask, self.layer))
+        return self.clip_logits(*self.encoder.encode(log_mel, padding_mask, self.layer))
 
     def probabilities(self, logits):
         """Logits (B, C) -> probabilities (B, C)."""
@@ -233,21 +228,21 @@ def compute_loss(logits, target, args):
     return loss
 
 
-def gather(x, world):
+def gather(x):
     """Concatenate a tensor over all processes: (B / world, ...) -> (B, ...), padded to the longest."""
-    if world == 1:
+    if world_size() == 1:
         return x
     if x.dim() > 1:
         longest = torch.tensor(x.shape[1], device=x.device)
         dist.all_reduce(longest, dist.ReduceOp.MAX)
         x = F.pad(x, (0, 0, 0, int(longest) - x.shape[1]))
-    parts = [torch.empty_like(x) for _ in range(world)]
+    parts = [torch.empty_like(x) for _ in range(world_size())]
     dist.all_gather(parts, x)
     return torch.cat(parts)
 
 
 @torch.no_grad()
-def augment_batch(waveform, lengths, frontend, args, generator, rank=0, world=1):
+def augment_batch(waveform, lengths, frontend, args, generator):
     """The versions of a batch that are trained on, each after the augmentations of Sec. 4.1: a list of log-mels
     (B, T, 64), and their padding mask. With the consistency loss there are two versions.
 
@@ -255,18 +250,18 @@ def augment_batch(waveform, lengths, frontend, args, generator, rank=0, world=1)
     part this process has, and mixup's partners come from all of it.
     """
     B, versions = len(waveform), []
-    mine = slice(rank * B, (rank + 1) * B)
+    all_clips, own_clips = B * world_size(), slice(rank() * B, (rank() + 1) * B)
     for _ in range(2 if args.consistency else 1):
-        rand = torch.rand(world * B, 4, generator=generator)[mine].to(waveform.device)
-        order = torch.randperm(world * B, generator=generator)[mine].to(waveform.device)
+        rand = torch.rand(all_clips, 4, generator=generator)[own_clips].to(waveform.device)
+        order = torch.randperm(all_clips, generator=generator)[own_clips].to(waveform.device)
         version = augment.jitter(waveform, rand[:, 0]) if "jitter" in args.augment else waveform
         log_mel = frontend(version, lengths)
         padding = padding_mask(lengths, log_mel)
         if "time_mask" in args.augment:
             log_mel = augment.time_mask(log_mel, rand[:, 1:3], padding)
         if "mixup" in args.augment:
-            frames = frame_count(gather(lengths.to(waveform.device), world))[order]
-            partner = gather(log_mel, world)[order, :log_mel.shape[1]]
+            frames = frame_count(gather(lengths.to(waveform.device)))[order]
+            partner = gather(log_mel)[order, :log_mel.shape[1]]
             log_mel = augment.mixup(log_mel, partner, rand[:, 3], frames)
         versions.append(log_mel)
     return versions, padding
@@ -285,142 +280,117 @@ def parse(argv=None):
     def block(text):
         return text if text in ("middle", "last") else in_range(int, 1, 1000)(text)
 
-    group = parser.add_argument_group("run")
-    group.add_argument("--init", nargs="?", const="runs/pretrain", metavar="RUN", help="start from this pre-training "
-                       "run (no name: runs/pretrain); without it, from scratch")
-    group.add_argument("--out", help="folder of this run (runs/finetune; from scratch runs/scratch)")
+    add = parser.add_argument_group("run").add_argument
+    add("--init", nargs="?", const="runs/pretrain", type=file_path, metavar="RUN", help="start from this pre-training run (no name: "
+        "runs/pretrain); without it, from scratch")
+    add("--out", type=file_path, help="folder of this run (runs/finetune; from scratch runs/scratch)")
 
-    group = parser.add_argument_group("use a model")
-    group.add_argument("--predict", nargs="+", metavar="SOUND", help="print what is heard in recordings of any length "
-                       "by the model --init (a run's folder, or a .pt in it): the five most probable classes and, for "
-                       "models with the head 'frames', when each is heard")
-    group.add_argument("--embed", nargs="+", metavar="SOUND", help="write embeddings by --init, which may be "
-                       "pre-trained only, to --out: .npy with a row for each recording, mean and standard deviation "
-                       "over time")
-    group.add_argument("--frames", action="store_true", help="with --embed: a row for each 80 ms; --out is .npz")
-    group.add_argument("--layer", type=block, help="the conformer block whose output is used: a number, 'last', or "
-                       "'middle', which did best on ESC-10 (--embed, esc10, folder, csv: middle, else last)")
-    group.add_argument("--threshold", type=share, default=0.5, help="with --predict: of frame probabilities; a lower "
-                       "one finds more events, and more that are none (%(default)s)")
-    group.add_argument("--json", action="store_true", help="with --predict: a line of JSON for each recording, with "
-                       "all classes")
-    group.add_argument("--tsv", metavar="FILE", help="with --predict: write the events of all recordings as DCASE has "
-                       "them, tab-separated: filename (without folder), onset, offset (in seconds), event_label")
-    group.add_argument("--plot", metavar="FILE", help="with --predict of one recording: a picture (.png, .svg, .pdf) "
-                       "of its log-mels, and of when the five most probable classes are heard")
+    group = parser.add_argument_group("use a model, --init", "The folder of a run, or a .pt file in it.")
+    add, use = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    use("--predict", nargs="+", type=file_path, metavar="SOUND", help="print the five most probable classes of each recording and, for "
+        "models with the head 'frames', when each is heard")
+    use("--embed", nargs="+", type=file_path, metavar="SOUND", help="write a row for each recording into --out (.npy): mean and "
+        "standard deviation over time; --init may be pre-trained only")
+    add("--frames", action="store_true", help="with --embed: a row for each 80 ms, an array for each recording; --out is "
+        ".npz")
+    add("--threshold", type=share, default=0.5, help="with --predict: of frame probabilities (%(default)s)")
+    add("--json", action="store_true", help="with --predict: a line of JSON for each recording, with all classes")
+    add("--tsv", type=file_path, metavar="FILE", help="with --predict: write the events of all recordings as DCASE has them")
+    add("--plot", type=file_path, metavar="FILE", help="with --predict of one recording: draw its log-mels, and when the five most "
+        "probable classes are heard (.png, .svg, .pdf)")
 
-    group = parser.add_argument_group("data")
-    group.add_argument("--data", choices=READERS, default="synth", help="the labelled set: synth is made on the fly; "
-                       "'folder' are your own sounds, a sub-folder a class; 'csv' is a table of your own with the "
-                       "columns file, labels (separated by ;) and perhaps split (train, valid, test or the number of a "
-                       "fold) and group (of clips that stay together) (%(default)s)")
-    group.add_argument("--root", help="where the data set lies, in its official layout, or packed by `datasets.py pack "
-                       "--data`; for csv the table")
-    group.add_argument("--download", action="store_true", help="esc50 and esc10: fetch ESC-50 (600 MB) into --root "
-                       "first, if it isn't there")
-    group.add_argument("--fold", help="for sets that come in folds, the one to test on, or 'all', one after the other "
-                       "(1)")
-    group.add_argument("--fraction", type=in_range(float, 1e-6, 1), nargs="+", default=[1.0], help="of the training "
-                       "clips, class by class; several are tried one after the other (%(default)s)")
-    group.add_argument("--balance", action="store_true", default=None, help="draw all classes equally often (Sec. "
-                       "4.1); rare classes learn more, and their few clips are seen again and again (for audioset)")
-    group.add_argument("--seconds", type=in_range(float, 0.1, 3600), help="longest clip in training: of longer ones a "
-                       "random crop each time, which also works against overfitting; clips are tested whole (10; "
-                       "esc10 3)")
-    group.add_argument("--validate", action="store_true", help="where a set has no validation clips, hold out a tenth "
-                       "of the training clips, or the next fold. With validation clips, the weights that do best on "
-                       "them, tried about twenty times, are those that are tested; without, the last")
-    group.add_argument("--no-test", action="store_true", help="leave the test set alone and report the last weights' "
-                       "score on the validation clips: for choosing options")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", choices=READERS, default="synth", help="'synth' is made on the fly; 'folder' are your own sounds, a "
+        "sub-folder a class; 'csv' your own table with the columns file, labels (separated by ;) and perhaps split "
+        "(train, valid, test or the number of a fold) and group (of clips that stay together) (%(default)s)")
+    add("--root", type=file_path, help="where the set lies, in its official layout or packed; for csv the table")
+    add("--fold", help="of sets with folds, the one to test on, or 'all', one after the other (1)")
+    add("--fraction", type=in_range(float, 1e-6, 1), nargs="+", default=[1.0], help="of the training clips, class by "
+        "class; several are tried one after the other (%(default)s)")
+    add("--balance", action="store_true", default=None, help="draw all classes equally often (Sec. 4.1; audioset)")
+    add("--seconds", type=in_range(float, 0.1, 3600), help="of longer clips, train on random crops (10; esc10 3)")
+    add("--validate", action="store_true", help="test the weights that do best, of about twenty tries, on validation "
+        "clips: the set's own, or a tenth of the training clips, or the next fold")
+    add("--no-test", action="store_true", help="report the last weights' score on the validation clips instead: for "
+        "choosing options")
 
-    group = parser.add_argument_group("model")
-    group.add_argument("--size", choices=SIZES, help="from scratch (tiny); with --init the size is that of the run")
-    group.add_argument("--head", choices=["mean", "stats", "frames"], help="'mean': average the embeddings, then a "
-                       "linear layer; 'stats': average and standard deviation, better with few labels; 'frames': "
-                       "probabilities at each step, then linear softmax pooling, which also tells when (mean; "
-                       "audioset frames; esc10, folder, csv stats)")
-    group.add_argument("--freeze", action="store_true", help="train the head only, on standardised embeddings (linear "
-                       "probe)")
-    group.add_argument("--head-dropout", type=in_range(float, 0, 0.99), help="before the output layer; more helps "
-                       "against overfitting with few labels (0.1 to 0.3)")
+    add = parser.add_argument_group("model").add_argument
+    add("--size", choices=SIZES, help="from scratch (tiny); with --init the size is that of the run")
+    add("--layer", type=block, help="the conformer block that is read: a number, 'last', or 'middle', which did best on "
+        "ESC-10 (--embed, esc10, folder, csv: middle, else last)")
+    add("--head", choices=["mean", "stats", "frames"], help="average the embeddings, then a linear layer; 'stats': "
+        "average and deviation, better with few labels; 'frames': probabilities at each step, then linear softmax "
+        "pooling, which also tells when (mean; audioset frames; esc10, folder, csv stats)")
+    add("--freeze", action="store_true", help="train the head only, on standardised embeddings (linear probe)")
+    add("--head-dropout", type=in_range(float, 0, 0.99), help="more works against overfitting (0.1 to 0.3)")
 
-    group = parser.add_argument_group("optimisation (Sec. 4)")
-    group.add_argument("--updates", type=in_range(int, 1, 10**9), help="(by data set: from 250 for synth to 60000 for "
-                       "audioset; folder and csv 1000, for some hundred clips)")
-    group.add_argument("--batch-size", type=in_range(int, 1, 10**6), help="clips in an update, over all processes; "
-                       "large sets like larger ones (16 to 640)")
-    group.add_argument("--lr", type=in_range(float, 1e-12, 1e6), help="peak learning rate (3e-4 to 1e-3; frozen 1e-2)")
-    group.add_argument("--encoder-lr", type=share, help="learning rate of a pre-trained encoder, as a share of --lr; "
-                       "less changes it less (1; esc10, folder, csv 0.1)")
-    group.add_argument("--stages", type=share, nargs=3, default=[0.3, 0.3, 0.4], metavar=("WARMUP", "HOLD", "DECAY"),
-                       help="shares of the updates (%(default)s)")
-    group.add_argument("--loss", choices=["bce", "ce"], help="binary cross-entropy, as in the paper, or, where a clip "
-                       "has one label, cross-entropy (bce; esc10 ce)")
-    group.add_argument("--augment", nargs="*", choices=["jitter", "time_mask", "mixup"], metavar="NAME", help="which "
-                       "of jitter, time_mask and mixup (Sec. 4.1) to apply; --augment alone: none (all; esc10, folder, "
-                       "csv jitter; synth none)")
-    group.add_argument("--consistency", type=in_range(float, 0, 1e6), help="weight of the consistency loss (Sec. 4.2): "
-                       "augment each clip twice and pull the two predictions together; 0 switches it off and halves "
-                       "the time (2; synth, esc10, folder, csv 0)")
+    add = parser.add_argument_group("optimisation (Sec. 4)").add_argument
+    add("--updates", type=in_range(int, 1, 10**9), help="(from 250 for synth to 60000 for audioset; folder, csv 1000)")
+    add("--batch-size", type=in_range(int, 1, 10**6), help="clips in an update, over all processes (16 to 640)")
+    add("--lr", type=in_range(float, 1e-12, 1e6), help="peak learning rate (3e-4 to 1e-3; frozen 1e-2)")
+    add("--encoder-lr", type=share, help="that of a pre-trained encoder, as a share of --lr (1; esc10, folder, csv "
+        "0.1)")
+    add("--stages", type=share, nargs=3, default=[0.3, 0.3, 0.4], metavar=("WARMUP", "HOLD", "DECAY"),
+        help="shares of the updates (%(default)s)")
+    add("--loss", choices=["bce", "ce"], help="binary cross-entropy or, for one label a clip, cross-entropy (bce; esc10 "
+        "ce)")
+    add("--augment", nargs="*", choices=["jitter", "time_mask", "mixup"], metavar="NAME", help="those of jitter, "
+        "time_mask and mixup to apply; no name: none (all; esc10, folder, csv jitter; synth none)")
+    add("--consistency", type=in_range(float, 0, 1e6), help="weight of the consistency loss (Sec. 4.2); 0 halves the "
+        "time (2; synth, esc10, folder, csv 0)")
+    add_running_options(parser)
 
-    def complete(args):
-        if (args.tsv or args.plot) and not args.predict or args.frames and not args.embed:
-            raise InputError("--tsv and --plot are for --predict, --frames is for --embed")
-        if args.predict or args.embed:
-            if args.predict and args.embed:
-                raise InputError("--predict or --embed: one of them at a time")
-            if args.embed and not args.out:
-                raise InputError("--embed needs --out, the .npy file to write")
-            if args.plot and (len(args.predict) != 1 or Path(args.plot).suffix not in (".png", ".svg", ".pdf")):
-                raise InputError("--plot draws one recording, which --predict names, into a .png, .svg or .pdf")
-            args.init, args.batch_size = args.init or "runs/finetune", 1
-            return args
-        if args.resume and not args.out:
-            raise InputError("--resume needs --out, the folder of the run")
-        args.out = args.out or ("runs/finetune" if args.init else "runs/scratch")
-        recipe = {**DEFAULTS, **RECIPES.get(args.data, {}), **({"lr": FREEZE_LR} if args.freeze else {})}
-        if not args.init:
-            recipe.update(encoder_lr=1.0, layer="last")         # those are for pre-trained encoders
-        for name, value in recipe.items():
-            if getattr(args, name) is None:
-                setattr(args, name, value)
-        if abs(sum(args.stages) - 1) > 1e-3:
-            raise InputError(f"--stages {args.stages} must be three shares that sum to 1")
-        if args.loss == "ce" and args.head == "frames":
-            raise InputError("--loss ce is for --head mean or stats: it leaves frame probabilities without a scale")
-        if (args.freeze or args.head == "stats") and 1 in (args.batch_size, args.micro_batch):
-            raise InputError("--freeze and --head stats standardise over a batch, which needs two clips at least: "
-                             "raise --batch-size or --micro-batch, or use --head mean without --freeze")
-        if args.size is not None and args.init is not None:
-            raise InputError("--size is for training from scratch: with --init it is that of the run")
-        if args.download and (args.data not in ("esc50", "esc10") or args.root is None):
-            raise InputError("--download is for --data esc50 or esc10, and needs --root, where to put it")
-        return args
-
-    return parse_run(parser, argv, complete)
+    args = parser.parse_args(argv)
+    if (args.tsv or args.plot) and not args.predict or args.frames and not args.embed:
+        raise InputError("--tsv and --plot are for --predict, --frames is for --embed")
+    if args.predict or args.embed:
+        args.init = args.init or "runs/finetune"
+        return args, None
+    args.out = args.out or ("runs/finetune" if args.init else "runs/scratch")
+    recipe = {**DEFAULTS, **RECIPES.get(args.data, {}), **({"lr": FREEZE_LR} if args.freeze else {}),
+              **({} if args.init else {"encoder_lr": 1.0, "layer": "last"})}       # those are for pre-trained encoders
+    for name, value in recipe.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args, checkpoint = resume(parser, args, argv)
+    for wrong, message in (
+            (abs(sum(args.stages) - 1) > 1e-3, f"--stages {args.stages} must be three shares that sum to 1"),
+            (args.loss == "ce" and args.head == "frames",
+             "--loss ce is for --head mean or stats: it leaves frame probabilities without a scale"),
+            (args.size and args.init, "--size is for training from scratch: with --init it is that of the run"),
+            (len({f"{fraction:g}" for fraction in args.fraction}) < len(args.fraction), "--fraction: one is there twice")):
+        if wrong:
+            raise InputError(message)
+    return args, checkpoint
 
 
 def plan(data, args):
-    """What is trained one after the other: a list of (fraction, fold), the fold None for sets without folds.
+    """What is trained one after the other: a list of (name, fraction, fold, training, validation and test set), the fold
+    None for sets without folds. With --no-test the validation set is the test set too.
 
-    Raises InputError for options that don't fit the data.
+    Raises InputError for options that don't fit the data, and where the metric would have no answer.
     """
     if args.loss == "ce" and any(len(own) != 1 for own in data.labels):
         raise InputError(f"--loss ce is for one label a clip; in {args.data} some have more or none: use bce")
     if args.no_test and not args.validate and not (data.splits == "valid").any():
         raise InputError("--no-test needs validation clips: give --validate too")
-    folds = sorted(set(data.splits.tolist()))
-    if not all(name.isdigit() for name in folds):
-        folds = [None]          # train, valid and test
+    folds = set(data.splits.tolist())
+    folds = sorted(folds, key=int) if all(fold.isdigit() for fold in folds) else [None]     # train, valid and test
     if args.fold not in (None, "all", *folds):
         raise InputError(f"--fold {args.fold}: {args.data} has " + (
             f"{', '.join(folds)}, all" if folds != [None] else "no folds; leave it out"))
-    folds = folds if args.fold == "all" else folds[:1] if args.fold is None else [args.fold]
-    return [(fraction, fold) for fraction in args.fraction for fold in folds]
+    chosen = folds if args.fold == "all" else folds[:1] if args.fold is None else [args.fold]
+    jobs = [(f"fold{fold}" if fold else "model", fraction, fold, *split(data, folds, fold, fraction, args))
+            for fraction in args.fraction for fold in chosen]
+    for *_, valid, test in jobs:
+        for part in (valid, test):
+            if len(part):
+                measure(data.metric, torch.zeros(len(part), len(data.classes)), part.targets(range(len(part))))
+    return jobs
 
 
-def split(data, fold, fraction, args):
-    """Training, validation and test set; see --fraction and --validate. fold: None for sets without.
+def split(data, folds, fold, fraction, args):
+    """Training, validation and test set; see --fraction and --validate. fold: one of `folds`, None for sets without.
 
     Raises InputError where there are too few folds or clips for that.
     """
@@ -434,11 +404,9 @@ def split(data, fold, fraction, args):
         if fold is None:
             valid = np.setdiff1d(training, data.subset(training).fraction(0.9, args.seed).rows)
         else:
-            others = sorted(set(splits[training].tolist()))
-            if len(others) < 2:
+            if len(folds) < 3:
                 raise InputError("--validate needs three folds at least: to train, to validate, to test")
-            following = next((other for other in others if other > fold), others[0])
-            valid = np.flatnonzero(splits == following)
+            valid = np.flatnonzero(splits == folds[(folds.index(fold) + 1) % len(folds)])
         training = training[~np.isin(data.groups[training], data.groups[valid])]
     if len(training) == 0 or len(test) == 0 and not args.no_test:
         raise InputError(f"{args.data}: {f'fold {fold}' if fold else 'its splits'} give {len(training)} "
@@ -449,68 +417,73 @@ def split(data, fold, fraction, args):
     if fraction < 1:
         training = training.fraction(fraction, args.seed)
     training.seconds = args.seconds
-    return training, data.subset(valid), data.subset(test)
+    return training, data.subset(valid), data.subset(valid if args.no_test else test)
 
 
 def build(args, training, init, device):
     """A new classifier, and the frontend: from the pre-training checkpoint `init` or, if it is None, from scratch."""
     torch.manual_seed(args.seed)
+    some = [torch.from_numpy(np.array(training.waveform(i)))[None] for i in
+            np.linspace(0, len(training) - 1, min(len(training), 512)).astype(int)]
     if init:
         encoder, frontend = load_encoder(init)
         load_weights(init, encoder, frontend)
     else:
         encoder, frontend = Wav2Vec2(args.size or "tiny"), LogMel()
-        some = np.linspace(0, len(training) - 1, min(len(training), 512)).astype(int)
-        frontend.fit_normalization(collate([(training.waveform(i), 0)])[:2] for i in some)
+        frontend.fit_normalization((waveform, torch.tensor([waveform.shape[1]])) for waveform in some)
+    model = Classifier(encoder, len(training.classes), args.head, args.head_dropout, args.freeze, args.layer).to(device)
+    frontend = frontend.to(device)
+    if isinstance(model.standardise, Standardise):
+        model.fit_standardise(frontend(waveform.to(device)) for waveform in some)
     if args.compile:
-        for block in encoder.conformer.blocks:
-            block.compile()             # in place: the names of the weights stay the same
-    model = Classifier(encoder, len(training.classes), args.head, args.head_dropout, args.freeze, args.layer)
-    return model.to(device).train(), frontend.to(device)        # `train` also keeps a frozen encoder in evaluation mode
+        compile_blocks(encoder)
+    return model.train(), frontend      # `train` also keeps a frozen encoder in evaluation mode
 
 
 @torch.no_grad()
-def compute_logits(model, frontend, data, args, device, rank=0, world=1, batch_seconds=320):
+def compute_logits(model, frontend, data, args, batch_seconds=320):
     """Logits (N, C) for all clips of a labelled set, each whole; of all processes together.
 
     Clips of similar length go together, so that little is padded, and fewer of the longer ones. No clip is scored
     twice. Raises InputError for logits that are not finite.
     """
     model.eval()
-    logits = torch.zeros(len(data), len(data.classes))
-    by_length, parts = np.argsort(-data.lengths, kind="stable")[rank::world], []
+    device, logits = frontend.mean.device, torch.zeros(len(data), len(data.classes))
+    by_length, parts = np.argsort(-data.lengths, kind="stable")[rank()::world_size()], []
     while len(by_length):
         fit = max(1, min(256, int(batch_seconds * SAMPLE_RATE / data.lengths[by_length[0]])))
         parts.append(by_length[:fit])
         by_length = by_length[fit:]
-    for part in tqdm(parts, "evaluate", leave=False, disable=True if rank else None):
+    for part in tqdm(parts, "evaluate", leave=False, disable=True if rank() else None):
         waveform, lengths, numbers = collate([(data.waveform(n), n) for n in part])
         log_mel = frontend(waveform.to(device), lengths)
         with autocast(device, args.dtype), torch.compiler.set_stance("force_eager"):        # so many shapes
             logits[numbers] = model(log_mel, padding_mask(lengths, log_mel)).float().cpu()
     if not logits.isfinite().all():
         raise InputError("the model's predictions are not finite: lower --lr")
-    if world > 1:               # each clip is 0 everywhere but in one process
+    if world_size() > 1:        # each clip is 0 everywhere but in one process
         logits = logits.to(device)
         dist.all_reduce(logits)
     return logits.cpu()
 
 
-def evaluate(model, frontend, data, args, device, rank, world):
-    """The data set's metric, and how many classes it is the mean of (None: it is of clips).
-
-    Leaves the model in training mode. Raises InputError where the metric has no answer.
-    """
-    logits = compute_logits(model, frontend, data, args, device, rank, world)
-    model.train()
-    targets = data.targets(range(len(data)))
+def measure(metric, logits, targets):
+    """A metric, and how many classes it is the mean of (None: it is of clips): logits and targets (N, C). Raises
+    InputError where it has no answer."""
     try:
-        value = METRICS[data.metric](logits, targets)
+        value = METRICS[metric](logits, targets)
         if np.ndim(value) == 0:
             return value, None
         return metrics.mean_over_classes(value), int(np.isfinite(value).sum())
     except ValueError as error:
-        raise InputError(f"no {data.metric} on these {len(data)} clips: {error}") from None
+        raise InputError(f"no {metric} on {len(targets)} clips to test or validate on: {error}") from None
+
+
+def evaluate(model, frontend, data, args):
+    """The metric of a labelled set, see `measure`. Leaves the model in training mode."""
+    logits = compute_logits(model, frontend, data, args)
+    model.train()
+    return measure(data.metric, logits, data.targets(range(len(data))))
 
 
 def add_gradients(wrapped, versions, padding, target, args):
@@ -530,41 +503,37 @@ def add_gradients(wrapped, versions, padding, target, args):
     return total
 
 
-def train(model, frontend, training, valid, args, processes, label, save, state):
+def train(model, frontend, training, valid, args, label, save, state):
     """Fine-tune in place; with validation clips the model ends with the weights that did best on them. Returns the
-    validation scores, dict(best=, last=), None without validation clips. `save(model, **content)` writes a checkpoint;
-    `state` is the content of one, or has update=0. Raises InputError after MAX_CONSECUTIVE_SKIPS updates in a row that
-    are not finite."""
-    device, rank, world, signals = processes
-    wrapped = model if world == 1 else DistributedDataParallel(model)
+    validation scores, dict(best=, last=), None without validation clips. `save(**content)` writes a checkpoint;
+    `state` is what one holds of this job, or has update=0. Raises InputError after MAX_CONSECUTIVE_SKIPS updates in a
+    row that are not finite."""
+    device = frontend.mean.device
+    wrapped = model if world_size() == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [dict(params=model.linear.parameters(), lr_share=1.0),
               dict(params=[p for p in model.encoder.parameters() if p.requires_grad], lr_share=args.encoder_lr)]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=device.type != "mps")
-    first, scores, best_weights, skips_in_a_row = 0, dict(best=None, last=None), None, 0
-    if state["update"]:
+    done, scores, best_weights, skips_in_a_row = state["update"], dict(best=None, last=None), None, 0
+    if done:
         load_weights(state, model, frontend)
         optimizer.load_state_dict(state["optimizer"])
-        first, scores, best_weights = state["update"], state["scores"], state["best_weights"]
-    loader = batches(training, args.batch_size, args.updates, args.seed, first, rank, world, args.workers,
+        scores, best_weights = state["scores"], state["best_weights"]
+    loader = batches(training, args.batch_size, args.updates, args.seed, done, rank(), world_size(), args.workers,
                      clips_by_class=training.clips_by_class() if args.balance else None)
-    bar, validate_every = Bar(args.updates, first, label, silent=rank > 0), max(1, args.updates // 20)
+    bar, validate_every = Bar(args.updates, done, label, silent=rank() > 0), max(1, args.updates // 20)
     # waveform (B, S) int16 and lengths (B,) in samples, on the CPU; numbers (B,) of the clips in the set.
-    for update, (waveform, lengths, numbers) in enumerate(loader, first):
+    for update, (waveform, lengths, numbers) in enumerate(loader, done):
         for group in optimizer.param_groups:
             group["lr"] = group["lr_share"] * three_stage_lr(update, args.updates, args.lr, args.stages)
         generator = torch.Generator().manual_seed(derive_seed(1, args.seed, update))    # the same on any device
-        torch.manual_seed(derive_seed(2, args.seed, update, rank))                      # dropout
-        versions, padding = augment_batch(waveform.to(device, non_blocking=True), lengths, frontend, args, generator,
-                                          rank, world)
+        torch.manual_seed(derive_seed(2, args.seed, update, rank()))                    # dropout
+        versions, padding = augment_batch(waveform.to(device, non_blocking=True), lengths, frontend, args, generator)
         target = torch.from_numpy(training.targets(numbers)).to(device)
-        loss = add_gradients(wrapped, versions, padding, target, args) / world          # our share of the mean
-        sums = torch.stack([loss, loss.new_tensor(len(signals))])
-        if world > 1:
-            dist.all_reduce(sums)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)                          # as in pre-training
-        loss, stopping, norm = torch.cat([sums, norm[None]]).tolist()                   # waits for the device, once
-        finite = math.isfinite(loss) and math.isfinite(norm)
+        loss = add_gradients(wrapped, versions, padding, target, args)
+        sums = all_reduce(dict(loss=loss / world_size(), signals=loss.new_tensor(len(SIGNALS))))
+        figures = fetch(dict(sums, norm=torch.nn.utils.clip_grad_norm_(parameters, 1.0)))       # as in pre-training
+        finite = all(map(math.isfinite, figures.values()))
         if finite:
             optimizer.step()
         skips_in_a_row = 0 if finite else skips_in_a_row + 1
@@ -573,47 +542,21 @@ def train(model, frontend, training, valid, args, processes, label, save, state)
             raise InputError(f"loss or gradient not finite in {skips_in_a_row} updates in a row, now at {update + 1} "
                              f"with {', '.join(training.names[n] for n in numbers[:3])}, ...: lower --lr")
 
-        done = update + 1
-        bar.show(done, f"loss {loss:.3f}" + (f" best {scores['best']:.3f}" if scores["best"] is not None else ""))
+        done, stopping = update + 1, figures["signals"] > 0
+        bar.show(done, f"loss {figures['loss']:.3f}" + (f" best {scores['best']:.3f}" if scores["best"] else ""))
         if len(valid) and (done == args.updates or done % validate_every == 0):
-            scores["last"], _ = evaluate(model, frontend, valid, args, device, rank, world)
+            scores["last"], _ = evaluate(model, frontend, valid, args)
             if scores["best"] is None or scores["last"] > scores["best"]:
                 scores["best"], best_weights = scores["last"], copy.deepcopy(model.state_dict())
-        if done < args.updates and (stopping or done % args.checkpoint_every == 0):
-            if rank == 0:
-                save(model, update=done, frontend=frontend.state_dict(), optimizer=optimizer.state_dict(),
-                     scores=scores, best_weights=best_weights)
-            if stopping:
-                finish(args, rank, world, signals, stopped=True)        # exits
+        if stopping or done == args.updates or done % args.checkpoint_every == 0:
+            save(update=done, frontend=frontend.state_dict(), optimizer=optimizer.state_dict(), scores=scores,
+                 best_weights=best_weights)
+        if stopping:
+            finish(args, stopped=True)      # exits
     bar.close()
     if best_weights:
         model.load_state_dict(best_weights)
     return scores
-
-
-def run_job(job, fraction, fold, data, init, args, processes, save, state, say):
-    """Train and test one fold with a fraction of the labels. Returns its line of results.jsonl."""
-    device, rank, world, _ = processes
-    training, valid, test = split(data, fold, fraction, args)
-    name, began = f"fold{fold}" if fold else "model", time.time()
-    model, frontend = build(args, training, init, device)
-    scores = train(model, frontend, training, valid, args, processes, name, functools.partial(save, job=job), state)
-    tested, score, classes = valid, scores["last"], None
-    if not args.no_test:
-        tested, (score, classes) = test, evaluate(model, frontend, test, args, device, rank, world)
-    line = dict(fold=fold, fraction=fraction, metric=data.metric, score=score, valid_best=scores["best"],
-                valid_last=scores["last"], classes=classes, train=training.fingerprint(), test=tested.fingerprint(),
-                minutes=round((time.time() - began) / 60, 2), args=vars(args))
-    say(f"{name}: {'validation ' * args.no_test}{data.metric} {score:.3f} on {len(tested)} clips"
-        + f" over {classes} classes" * (classes is not None)
-        + (f" (validation: last {scores['last']:.3f}, best of about twenty {scores['best']:.3f})" if len(valid) else "")
-        + f", after {len(training)} clips x {args.updates * args.batch_size / len(training):.0f} epochs, "
-        f"{line['minutes']:.1f} min\n    trained on {line['train']}\n    tested on {line['test']}")
-    if rank == 0:
-        save_checkpoint(Path(args.out) / f"{name}_fraction{fraction:g}.pt", model, frontend=frontend.state_dict(),
-                        settings=model.encoder.settings, classes=data.classes, head=args.head, freeze=args.freeze,
-                        layer=model.layer, script="finetune.py", args=vars(args))
-    return model, line
 
 
 def main():
@@ -621,48 +564,54 @@ def main():
     args, state = parse()
     if args.predict or args.embed:
         return run_inference(args)
-    if args.download and int(os.environ.get("RANK", 0)) == 0:
-        download_esc50(args.root)       # before the processes join: the others wait ten minutes at most after that
-    device, rank, world, signals = processes = init_distributed(args, state)
-    init, out = load_checkpoint(args.init, "pretrain.py") if args.init else None, Path(args.out)
-    say = functools.partial(print, flush=True) if rank == 0 else lambda text: None
-    data = load_labelled(args.data, args.root, say=say)
+    device, out = init_distributed(args), Path(args.out)
+    init = load_checkpoint(args.init, "pretrain.py") if args.init else None
+    data = load_labelled(args.data, args.root)
     jobs = plan(data, args)
     # No two pre-trainings end with the same mask embedding.
     start = init["model"]["mask_embedding"].numpy().tobytes() if init else b""
-    fingerprint = hashlib.sha256(f"{data.fingerprint()} {' '.join(data.splits)} ".encode() + start).hexdigest()
-    if state and state["data"] != fingerprint:
+    digest = hashlib.sha256(f"{data.digest()} {' '.join(data.splits)} ".encode() + start).hexdigest()
+    if state and state["data"] != digest:
         raise InputError(f"{out} was started with other clips, labels, splits or another --init: name the same again")
+    agree(args, state and (state["job"], state["update"]), digest)
     state = state or dict(job=0, update=0, lines=[])
-    lines = state["lines"]
-    say(f"on {device} x {world}; " + (f"from {args.init}" if init else f"{args.size or 'tiny'} from scratch"))
-    if rank == 0:
-        lock = claim(out)       # noqa: F841, held until the end
-        (out / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    save = functools.partial(save_checkpoint, out / "checkpoint.pt", args=vars(args), lines=lines, data=fingerprint,
-                             script="finetune.py")
-    for job, (fraction, fold) in enumerate(jobs):
-        if job < state["job"]:
-            continue
-        model, line = run_job(job, fraction, fold, data, init, args, processes, save, state, say)
-        lines.append(line)
-        state = dict(job=job + 1, update=0)
-        if rank == 0:
-            with open(out / "results.jsonl", "a") as results:
-                results.write(json.dumps(line) + "\n")
-            save(model, **state)
-        if fold and fold == jobs[-1][1] and args.fold == "all":
-            scores = [line["score"] for line in lines if line["fraction"] == fraction]
-            say(f"fraction {fraction:g}: mean {data.metric} over {len(scores)} folds {np.mean(scores):.3f} "
-                f"(standard deviation {np.std(scores):.3f})")
-    say(f"done: {out / 'results.jsonl'}")
-    finish(args, rank, world, signals, stopped=False)
+    lines, first = state["lines"], state["job"]
+    say(f"on {device} x {world_size()}; " + (f"from {args.init}" if init else f"{args.size or 'tiny'} from scratch"))
+    with claim(out) if rank() == 0 else contextlib.nullcontext():
+        for job, (name, fraction, fold, training, valid, test) in enumerate(jobs[first:], first):
+            began, (model, frontend) = time.time(), build(args, training, init, device)
+            save = functools.partial(save_checkpoint, out / "checkpoint.pt", model, script="finetune.py", args=vars(args),
+                                     data=digest, lines=lines)
+            scores = train(model, frontend, training, valid, args, name, functools.partial(save, job=job), state)
+            save_checkpoint(out / f"{name}_fraction{fraction:g}.pt", model, frontend=frontend.state_dict(),
+                            settings=model.encoder.settings, classes=data.classes, head=args.head, freeze=args.freeze,
+                            layer=model.layer, script="finetune.py", args=vars(args))
+            score, classes = (scores["last"], None) if args.no_test else evaluate(model, frontend, test, args)
+            minutes = round((time.time() - began) / 60, 2)
+            lines.append(dict(fold=fold, fraction=fraction, metric=data.metric, score=score, valid_best=scores["best"],
+                              valid_last=scores["last"], classes=classes, train=training.fingerprint(),
+                              test=test.fingerprint(), minutes=minutes, args=vars(args)))
+            state = dict(job=job + 1, update=0)
+            save(**state)
+            if rank() == 0:
+                write_whole(out / "results.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+            say(f"{name}: {'validation ' * args.no_test}{data.metric} {score:.3f} on {len(test)} clips"
+                + f" over {classes} classes" * (classes is not None) + (
+                    f" (validation: last {scores['last']:.3f}, best of about twenty {scores['best']:.3f})" if len(valid)
+                    else "") + f", after {len(training)} clips x {args.updates * args.batch_size / len(training):.0f} "
+                f"epochs, {minutes:.1f} min\n    trained on {lines[-1]['train']}\n    tested on {lines[-1]['test']}")
+            if args.fold == "all" and fold == jobs[-1][2] is not None:
+                scores = [line["score"] for line in lines if line["fraction"] == fraction]
+                say(f"fraction {fraction:g}: mean {data.metric} over {len(scores)} folds {np.mean(scores):.3f} "
+                    f"(standard deviation {np.std(scores):.3f})")
+        say(f"done: {out / 'results.jsonl'}")
+        finish(args)
 
 
 # ----------------------------------------------------------------------------------------------- using a model
 
 
-def load(run, device="cpu"):
+def load_run(run, device="cpu"):
     """A model to use: (Classifier in evaluation mode, frontend, names of the classes).
 
     run: the folder of a run of finetune.py, or one of the .pt files in it. Of a run of pretrain.py it gives
@@ -689,66 +638,54 @@ def load(run, device="cpu"):
 
 
 @torch.no_grad()
-def embed_windows(path, model, frontend, layer=None):
-    """A recording of any length and rate, a minute at a time: its log-mels (T, 64) and embeddings (L, D) by block
-    `layer` (None: the one that a classifier reads). Raises InputError for what `read_audio` can't read; so do `embed`
-    and `tag`."""
-    with open_audio(path) as file:
-        seconds = file.frames / file.samplerate
+def encode_recording(path, model, frontend, layer=None, notes=None):
+    """A recording of any length and rate, each minute by itself: its log-mels (T, 64) and embeddings (L, D) by block
+    `layer` (None: the one that a classifier reads). Raises InputError for what `read_blocks` can't read, and more than
+    LONGEST hours; so do `embed` and `predict`."""
+    with open_audio(path) as (file, _, promised):
+        if promised and promised > LONGEST * 3600 * file.samplerate:
+            raise InputError(f"{path}: is longer than {LONGEST} hours; cut it into parts")
     encoder, device = getattr(model, "encoder", model), frontend.mean.device
     stack = encoder.settings["stack"]
     window = 3000 // stack * stack * HOP / SAMPLE_RATE              # so that latents stay evenly spaced
-    starts = np.arange(0, max(seconds - 0.05, 0.01), window)        # no last window of next to nothing
-    for start in tqdm(starts, Path(path).name, unit=" min", leave=False,
-                      disable=None if len(starts) > 2 else True):
-        last = start == starts[-1]
-        log_mel = frontend(torch.from_numpy(read_audio(path, start, None if last else window))[None].to(device))
-        yield log_mel[0], encoder.encode(log_mel, layer=layer or getattr(model, "layer", None))[0][0]
+    log_mels, embeddings = [], []
+    for block in tqdm(read_blocks(path, window, notes), Path(path).name, unit=" min", leave=False, delay=2, disable=None):
+        if len(block) < HOP and log_mels:
+            break               # next to nothing is left
+        log_mel = frontend(torch.from_numpy(to_int16(block)[0])[None].to(device))
+        log_mels.append(log_mel[0])
+        embeddings.append(encoder.encode(log_mel, layer=layer or getattr(model, "layer", None))[0][0])
+    return torch.cat(log_mels), torch.cat(embeddings)
 
 
-def stats_of_windows(windows):
-    """Mean and standard deviation over time (2 D,) of embeddings (L, D), of which only one is in memory at a time."""
-    mean, variance = mean_and_variance(windows)
-    return torch.cat([mean, variance.clamp(min=0).sqrt()]).float()
-
-
-def embed(path, model, frontend, layer=None, frames=False):
+def embed(path, model, frontend, layer=None, frames=False, notes=None):
     """The embedding of a recording by conformer block `layer` ("middle", or None, is the middle one): its mean and
-    standard deviation over time (2 D,), or with `frames` all of it (L, D), 12.5 a second at R = 4."""
-    layer = getattr(model, "encoder", model).block_number(layer or "middle")
-    windows = (x for _, x in embed_windows(path, model, frontend, layer))
-    return (torch.cat(list(windows)).cpu() if frames else stats_of_windows(windows)).numpy()
+    standard deviation over time (2 D,), or with `frames` all of it (L, D), 12.5 a second at R = 4. `notes`, a list, gets
+    a remark where the recording is not as long as it says."""
+    layer = block_number(getattr(model, "encoder", model), layer or "middle")
+    _, x = encode_recording(path, model, frontend, layer, notes)
+    return (x if frames else stats_over_time(x[None])[0]).cpu().numpy()
 
 
 @torch.no_grad()
-def tag(path, model, frontend, classes, threshold=0.5):
+def predict(path, model, frontend, classes, threshold=0.5, notes=None):
     """What is heard in a recording: {class: probability}, the most probable first, and, if the head gives
-    frame probabilities, the events: (onset, offset, class) in seconds, where they exceed `threshold`."""
-    windows, events = embed_windows(path, model, frontend), None
+    frame probabilities, the events: (onset, offset, class) in seconds, where they exceed `threshold`. As `embed`."""
+    log_mel, x = encode_recording(path, model, frontend, notes=notes)
+    probabilities, events = model.probabilities(model.clip_logits(x[None]))[0], None
     if model.head == "frames":
-        sums, heard, seconds = [], [], 0
-        for log_mel, x in windows:
-            frames = model.classify(x[None])                                    # (1, L, C)
-            sums.append(torch.stack(linear_softmax_sums(frames)))
-            heard.append(frames[0].sigmoid().cpu() > threshold)
-            seconds += len(log_mel) * HOP / SAMPLE_RATE
-        squares, rest = torch.stack(sums).logsumexp(0)                          # (1, C) each
-        logits, step = squares - rest, model.encoder.settings["stack"] * HOP / SAMPLE_RATE
-        silence = torch.zeros_like(heard[0][:1])
-        changes = torch.cat([silence, *heard, silence]).int().diff(dim=0).T     # (C, L + 1): 1 onset, -1 offset
+        heard = model.frame_logits(x).sigmoid() > threshold                                 # (L, C)
+        changes = F.pad(heard.int(), (0, 0, 1, 1)).diff(dim=0).T                            # (C, L + 1)
         onsets, offsets = ((changes == sign).nonzero().tolist() for sign in (1, -1))
-        events = sorted((round(on * step, 2), round(min(off * step, seconds), 2), classes[c])
+        step, end = model.encoder.settings["stack"] * HOP / SAMPLE_RATE, len(log_mel) * HOP / SAMPLE_RATE
+        events = sorted((round(on * step, 2), round(min(off * step, end), 2), classes[c])
                         for (c, on), (_, off) in zip(onsets, offsets, strict=True))
-    else:
-        stats = stats_of_windows(x for _, x in windows).to(frontend.mean.device)
-        logits = model.classify(stats[None, None, :model.linear.in_features])[0]        # head "mean": the first half
-    probabilities = model.probabilities(logits)[0]
     order = probabilities.argsort(descending=True).tolist()
     return {classes[c]: round(probabilities[c].item(), 4) for c in order}, events
 
 
 def print_prediction(sound, probabilities, events, as_json):
-    """What `tag` returns, for a person or for a program."""
+    """What `predict` returns, for a person or for a program."""
     if as_json:
         return print(json.dumps(dict(file=sound, probabilities=probabilities, events=events)), flush=True)
     print(sound, *(f"{value:8.3f}  {name}" for name, value in list(probabilities.items())[:5]), sep="\n")
@@ -758,15 +695,13 @@ def print_prediction(sound, probabilities, events, as_json):
 
 @torch.no_grad()
 def plot_prediction(out, sound, model, frontend, classes, probabilities, events):
-    """Draw what `tag` returns: log-mels, below them the probabilities of the five most probable classes over time (of
-    each step or, for heads without, about each second), boxes around events. Raises InputError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("--plot needs another package: pip install matplotlib") from None
-    log_mel, x = map(torch.cat, zip(*embed_windows(sound, model, frontend), strict=True))
+    """Draw what `predict` returns: log-mels, below them the probabilities of the five most probable classes over time (of
+    each step or, for heads without, about each second), boxes around events. Needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    log_mel, x = encode_recording(sound, model, frontend)
     steps = 1 if model.head == "frames" else min(len(x), 12)        # that make a column
-    columns = model.probabilities(model.pool(x[:len(x) // steps * steps].unflatten(0, (-1, steps)))).cpu().numpy()
+    columns = model.probabilities(model.clip_logits(x[:len(x) // steps * steps].unflatten(0, (-1, steps)))).cpu().numpy()
     seconds, top = len(log_mel) * HOP / SAMPLE_RATE, list(probabilities)[:5]
     end = len(columns) * steps * model.encoder.settings["stack"] * HOP / SAMPLE_RATE
     figure = Figure((9, 5), layout="constrained")
@@ -788,42 +723,56 @@ def plot_prediction(out, sound, model, frontend, classes, probabilities, events)
 
 def run_inference(args):
     """--predict and --embed. Raises InputError at the end for recordings that can't be read."""
-    device = find_device(args.device)
-    if args.frames and not args.out.endswith(".npz"):
-        raise InputError(f"--frames writes an .npz file: --out {args.out} is none")
-    model, frontend, classes = load(args.init, device)
+    device, sounds = find_device(args.device), args.predict or args.embed
+    outputs = [file for file in (args.out if args.embed else None, args.tsv, args.plot) if file]
+    for wrong, message in (
+            (args.predict and args.out, "--predict prints: --out is for --embed and for training"),
+            (args.embed and not args.out, "--embed needs --out, the .npy file to write"),
+            (args.frames and not (args.out or "").endswith(".npz"), f"--frames writes an .npz file: --out {args.out} is "
+             "none"),
+            (args.plot and (len(sounds) != 1 or Path(args.plot).suffix not in (".png", ".svg", ".pdf")),
+             "--plot draws one recording, which --predict names, into a .png, .svg or .pdf"),
+            (args.plot and importlib.util.find_spec("matplotlib") is None,
+             "--plot needs another package: pip install matplotlib"),
+            (args.tsv and len({Path(sound).name for sound in sounds}) < len(sounds),
+             "--tsv has file names without folders: two of these sounds have the same"),
+            (args.tsv and args.tsv == args.plot, "--tsv and --plot name the same file"),
+            *((Path(file).exists(), f"{file}: exists already; name a new file") for file in outputs)):
+        if wrong:
+            raise InputError(message)
+    model, frontend, classes = load_run(args.init, device)
     if args.predict and not classes:
         raise InputError(f"{args.init}: is pre-trained only and knows no classes: fine-tune it first")
-    for file in filter(None, (args.out if args.embed else None, args.tsv, args.plot)):
-        if Path(file).exists() or file == args.tsv == args.plot:
-            raise InputError(f"{file}: exists already; name a new file")
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
-    layer = getattr(model, "encoder", model).block_number(args.layer or "middle") if args.embed else None
     if args.tsv and model.head != "frames":
         raise InputError(f"--tsv: {args.init} tells no events; fine-tune with --head frames")
-    if args.tsv and len({Path(sound).name for sound in args.predict}) < len(args.predict):
-        raise InputError("--tsv has file names without folders: two of these sounds have the same")
-    embeddings, errors, rows = {}, [], []
-    for n, sound in enumerate(args.predict or args.embed):
+    if args.embed:
+        block_number(getattr(model, "encoder", model), args.layer or "middle")
+    for file in outputs:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+    embeddings, errors, events_of_all = [], [], []
+    for sound in sounds:
+        notes = []
         try:
-            if args.predict:
-                probabilities, events = tag(sound, model, frontend, classes, args.threshold)
+            if args.embed:
+                embeddings.append((sound, embed(sound, model, frontend, args.layer, args.frames, notes)))
+            else:
+                probabilities, events = predict(sound, model, frontend, classes, args.threshold, notes)
                 print_prediction(sound, probabilities, events, args.json)
-                rows += [(Path(sound).name, *event) for event in events or ()]
+                events_of_all += [(Path(sound).name, *event) for event in events or ()]
                 if args.plot:
                     plot_prediction(args.plot, sound, model, frontend, classes, probabilities, events)
-            else:
-                embeddings[n, sound] = embed(sound, model, frontend, layer, args.frames)
+            print(*(f"{sound}: {note}" for note in notes), sep="\n", end="\n" * len(notes), file=sys.stderr)
         except InputError as error:
             errors.append(str(error))
-    if args.tsv and len(errors) < len(args.predict):
-        write_events(args.tsv, rows)
+    if args.tsv and len(errors) < len(sounds):
+        write_events(args.tsv, events_of_all)
     if embeddings:
+        names, arrays = zip(*embeddings, strict=True)
         with open(args.out, "wb") as file:
             if args.frames:
-                np.savez(file, **{sound: x for (_, sound), x in embeddings.items()})
+                np.savez(file, *arrays, sounds=np.array(names))
             else:
-                np.save(file, np.stack(list(embeddings.values())))
+                np.save(file, np.stack(arrays))
         print(f"{args.out}: {'(L, D)' if args.frames else 'a row'} for each of {len(embeddings)} sounds")
     if errors:
         raise InputError("; ".join(errors))
@@ -833,8 +782,8 @@ def run_inference(args):
 
 
 def load_model(model_file_path="runs/pretrain"):
-    """HEAR: the encoder of a run, see `load`, and what HEAR must know of it. Raises InputError as `load`."""
-    model, frontend, _ = load(model_file_path)
+    """HEAR: the encoder of a run, and what HEAR must know of it. Raises InputError as `load_run`."""
+    model, frontend, _ = load_run(model_file_path)
     model = getattr(model, "encoder", model)
     model.frontend, model.sample_rate = frontend, SAMPLE_RATE
     model.timestamp_embedding_size, model.scene_embedding_size = model.settings["dim"], 2 * model.settings["dim"]
@@ -844,7 +793,7 @@ def load_model(model_file_path="runs/pretrain"):
 @torch.no_grad()
 def get_timestamp_embeddings(audio, model):
     """HEAR: audio (B, S) in [-1, 1] -> embeddings (B, L, D) by the middle block, and the time of each in ms (B, L)."""
-    x, _ = model.encode(model.frontend(audio), layer=model.block_number("middle"))
+    x, _ = model.encode(model.frontend(audio), layer=block_number(model, "middle"))
     stack, end = model.settings["stack"], 1000 * audio.shape[1] / SAMPLE_RATE
     frames = torch.arange(x.shape[1], device=x.device) * stack + (stack - 1) / 2        # frame t is centred on t hops
     return x, (frames * (1000 * HOP / SAMPLE_RATE)).clamp(max=end).expand(len(x), -1)

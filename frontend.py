@@ -59,7 +59,7 @@ def padding_mask(lengths, log_mel):
     frames = frame_count(lengths)
     if frames.min() >= log_mel.shape[1]:
         return None
-    return torch.arange(log_mel.shape[1], device=log_mel.device) >= frames.to(log_mel.device)[:, None]
+    return torch.arange(log_mel.shape[1], device=log_mel.device) >= frames.to(log_mel.device, non_blocking=True)[:, None]
 
 
 class LogMel(nn.Module):
@@ -68,8 +68,9 @@ class LogMel(nn.Module):
     waveform (B, S), float in [-1, 1] or int16, and lengths (B,) in samples where zeros pad it (None: nowhere)
     ->  log-mels (B, T, 64), float32, T = max(S // 320, 1).
 
-    Each waveform is first scaled to a root mean square of 1 (as in fairseq's wav2vec 2.0 "large"): how loud a
-    recording is says little about what is in it, yet would make up most of the variance between clips.
+    Each waveform is first shifted to a mean of 0 and scaled to a root mean square of 1 (as in fairseq's wav2vec 2.0
+    "large"): the offset of a sound card and how loud a recording is say little about what is in it, yet loudness would
+    make up most of the variance between clips.
     Frame t is centred on sample 320 t; beyond the ends the waveform counts as zeros, so that a
     clip's frames are the same alone and zero-padded in a batch. Each band is shifted and scaled by
     the mean and standard deviation of the pre-training corpus, see `fit_normalization`. They are
@@ -89,7 +90,10 @@ class LogMel(nn.Module):
         if waveform.dim() != 2 or waveform.shape[1] == 0:
             raise ValueError(f"LogMel takes waveforms of shape (B, S), not {tuple(waveform.shape)}")
         waveform = waveform.float() / 32768 if waveform.dtype == torch.int16 else waveform.float()
-        samples = waveform.shape[1] if lengths is None else lengths.to(waveform.device)[:, None]
+        B, S = waveform.shape
+        samples = waveform.new_full((B, 1), S) if lengths is None else lengths[:, None].to(waveform, non_blocking=True)
+        offset = waveform.sum(1, keepdim=True) / samples
+        waveform = (waveform - offset) * (torch.arange(S, device=waveform.device) < samples)        # padding stays 0
         level = (waveform.square().sum(1, keepdim=True) / samples).sqrt()
         waveform = waveform / level.clamp(min=SILENT_LEVEL)
         frames = F.pad(waveform, (WINDOW // 2, WINDOW // 2)).unfold(1, WINDOW, HOP)
