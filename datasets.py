@@ -725,7 +725,7 @@ def own_table(index):
 
 
 def group_copies(clips):
-    """Files with the same bytes become a group, where they have none: one of them is not tested on what was learned from
+    """Files with the same bytes become a group, where they have none: what was learned from one is not tested on
     another. Raises InputError where their labels differ."""
     sizes, first = collections.Counter(os.path.getsize(clip.path) for clip in clips), {}
     for n, clip in enumerate(clips):
@@ -754,16 +754,16 @@ def split_train_test(clips):
 
 
 def merge_duplicates(clips):
-    """One clip for each recording: rows for the same file are merged, their labels put together. Raises InputError where
-    the same file or the same group is in two splits."""
+    """One clip for each recording: rows for the same file are merged, their labels put together. Raises InputError
+    where the same file or the same group is in two splits."""
     seen, merged = {}, {}
     for clip in clips:
         file = identity(clip.path)
         for kind, key in (("file", file), ("group or content", clip.group or clip.path)):
             other = seen.setdefault((kind, key), clip)
             if other.split != clip.split:
-                raise InputError(f"{other.name} ({other.split}) and {clip.name} ({clip.split}) are the same {kind}, but in "
-                                 "different splits: delete one, or put both into one split")
+                raise InputError(f"{other.name} ({other.split}) and {clip.name} ({clip.split}) are the same {kind}, "
+                                 "but in different splits: delete one, or put both into one split")
         first = merged.get(file, clip)
         merged[file] = first._replace(labels=tuple(dict.fromkeys(first.labels + clip.labels)))
     return list(merged.values())
@@ -859,8 +859,8 @@ class ClipSet:
 
     def digest(self):
         """A hash of the clips' names, labels and lengths, whatever their order."""
-        lines = sorted(f"{clip.name} {sorted(self.classes[c] for c in clip.labels)} {clip.samples}" for clip in self.clips)
-        return hashlib.sha256("\n".join(lines).encode(errors="backslashreplace")).hexdigest()
+        lines = [f"{x.name} {sorted(self.classes[c] for c in x.labels)} {x.samples}" for x in self.clips]
+        return hashlib.sha256("\n".join(sorted(lines)).encode(errors="backslashreplace")).hexdigest()
 
     def fingerprint(self):
         """What to compare when numbers differ: clips, a hash of their names, labels and lengths, mean and standard
@@ -1209,7 +1209,7 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("pack", help="decode a folder of recordings into one file")
     command.add_argument("folder", type=file_path, help="recordings, in sub-folders too, or the root of a labelled set")
-    command.add_argument("out", type=file_path, help="folder to write; 115 MB an hour. If it was interrupted, it continues")
+    command.add_argument("out", type=file_path, help="folder to write, 115 MB an hour; continues what was interrupted")
     command.add_argument("--data", choices=[name for name in READERS if name != "synth"],
                          help="pack this labelled data set, with its labels, for finetune.py")
     command.add_argument("--workers", type=in_range(int, 1, 1024), help="processes that decode (as many as cores)")
@@ -1245,7 +1245,7 @@ def main():
           f"{hours / minutes:.1f} hours a minute")
     silent = sum(": silent" in line for line in packed.skipped)
     say_some(f"{len(packed.skipped)} skipped, {silent} of them silent", packed.skipped, "\n  ")
-    say_some("not as long as they say, used as they are", [f"{x.name}: {x.note}" for x in packed.clips if x.note], "\n  ")
+    say_some("not as long as they say", [f"{x.name}: {x.note}" for x in packed.clips if x.note], "\n  ")
 
 
 if __name__ == "__main__":

@@ -281,23 +281,23 @@ def parse(argv=None):
         return text if text in ("middle", "last") else in_range(int, 1, 1000)(text)
 
     add = parser.add_argument_group("run").add_argument
-    add("--init", nargs="?", const="runs/pretrain", type=file_path, metavar="RUN", help="start from this pre-training run (no name: "
-        "runs/pretrain); without it, from scratch")
+    add("--init", nargs="?", const="runs/pretrain", type=file_path, metavar="RUN", help="start from this pre-training "
+        "run (no name: runs/pretrain); without it, from scratch")
     add("--out", type=file_path, help="folder of this run (runs/finetune; from scratch runs/scratch)")
 
     group = parser.add_argument_group("use a model, --init", "The folder of a run, or a .pt file in it.")
     add, use = group.add_argument, group.add_mutually_exclusive_group().add_argument
-    use("--predict", nargs="+", type=file_path, metavar="SOUND", help="print the five most probable classes of each recording and, for "
-        "models with the head 'frames', when each is heard")
-    use("--embed", nargs="+", type=file_path, metavar="SOUND", help="write a row for each recording into --out (.npy): mean and "
-        "standard deviation over time; --init may be pre-trained only")
-    add("--frames", action="store_true", help="with --embed: a row for each 80 ms, an array for each recording; --out is "
-        ".npz")
+    use("--predict", nargs="+", type=file_path, metavar="SOUND", help="print the five most probable classes of each "
+        "recording and, for models with the head 'frames', when each is heard")
+    use("--embed", nargs="+", type=file_path, metavar="SOUND", help="write a row for each recording into --out (.npy): "
+        "mean and standard deviation over time; --init may be pre-trained only")
+    add("--frames", action="store_true", help="with --embed: an array for each recording, a row for each 80 ms, into "
+        "--out (.npz)")
     add("--threshold", type=share, default=0.5, help="with --predict: of frame probabilities (%(default)s)")
     add("--json", action="store_true", help="with --predict: a line of JSON for each recording, with all classes")
-    add("--tsv", type=file_path, metavar="FILE", help="with --predict: write the events of all recordings as DCASE has them")
-    add("--plot", type=file_path, metavar="FILE", help="with --predict of one recording: draw its log-mels, and when the five most "
-        "probable classes are heard (.png, .svg, .pdf)")
+    add("--tsv", type=file_path, metavar="FILE", help="with --predict: write the events, as in DCASE")
+    add("--plot", type=file_path, metavar="FILE", help="with --predict of one recording: draw its log-mels, and when "
+        "the five most probable classes are heard (.png, .svg, .pdf)")
 
     add = parser.add_argument_group("data").add_argument
     add("--data", choices=READERS, default="synth", help="'synth' is made on the fly; 'folder' are your own sounds, a "
@@ -316,8 +316,8 @@ def parse(argv=None):
 
     add = parser.add_argument_group("model").add_argument
     add("--size", choices=SIZES, help="from scratch (tiny); with --init the size is that of the run")
-    add("--layer", type=block, help="the conformer block that is read: a number, 'last', or 'middle', which did best on "
-        "ESC-10 (--embed, esc10, folder, csv: middle, else last)")
+    add("--layer", type=block, help="the conformer block that is read: a number, 'middle' or 'last' (--embed, esc10, "
+        "folder, csv: middle, else last)")
     add("--head", choices=["mean", "stats", "frames"], help="average the embeddings, then a linear layer; 'stats': "
         "average and deviation, better with few labels; 'frames': probabilities at each step, then linear softmax "
         "pooling, which also tells when (mean; audioset frames; esc10, folder, csv stats)")
@@ -328,12 +328,11 @@ def parse(argv=None):
     add("--updates", type=in_range(int, 1, 10**9), help="(from 250 for synth to 60000 for audioset; folder, csv 1000)")
     add("--batch-size", type=in_range(int, 1, 10**6), help="clips in an update, over all processes (16 to 640)")
     add("--lr", type=in_range(float, 1e-12, 1e6), help="peak learning rate (3e-4 to 1e-3; frozen 1e-2)")
-    add("--encoder-lr", type=share, help="that of a pre-trained encoder, as a share of --lr (1; esc10, folder, csv "
-        "0.1)")
+    add("--encoder-lr", type=share, help="share of --lr for a pre-trained encoder (1; esc10, folder, csv 0.1)")
     add("--stages", type=share, nargs=3, default=[0.3, 0.3, 0.4], metavar=("WARMUP", "HOLD", "DECAY"),
         help="shares of the updates (%(default)s)")
-    add("--loss", choices=["bce", "ce"], help="binary cross-entropy or, for one label a clip, cross-entropy (bce; esc10 "
-        "ce)")
+    add("--loss", choices=["bce", "ce"], help="binary cross-entropy or, for one label a clip, cross-entropy (bce; "
+        "esc10 ce)")
     add("--augment", nargs="*", choices=["jitter", "time_mask", "mixup"], metavar="NAME", help="those of jitter, "
         "time_mask and mixup to apply; no name: none (all; esc10, folder, csv jitter; synth none)")
     add("--consistency", type=in_range(float, 0, 1e6), help="weight of the consistency loss (Sec. 4.2); 0 halves the "
@@ -358,15 +357,15 @@ def parse(argv=None):
             (args.loss == "ce" and args.head == "frames",
              "--loss ce is for --head mean or stats: it leaves frame probabilities without a scale"),
             (args.size and args.init, "--size is for training from scratch: with --init it is that of the run"),
-            (len({f"{fraction:g}" for fraction in args.fraction}) < len(args.fraction), "--fraction: one is there twice")):
+            (len({f"{x:g}" for x in args.fraction}) < len(args.fraction), "--fraction: one is there twice")):
         if wrong:
             raise InputError(message)
     return args, checkpoint
 
 
 def plan(data, args):
-    """What is trained one after the other: a list of (name, fraction, fold, training, validation and test set), the fold
-    None for sets without folds. With --no-test the validation set is the test set too.
+    """What is trained one after the other: a list of (name, fraction, fold, training, validation and test set). The
+    fold is None for sets without; with --no-test the validation set is the test set too.
 
     Raises InputError for options that don't fit the data, and where the metric would have no answer.
     """
@@ -580,8 +579,8 @@ def main():
     with claim(out) if rank() == 0 else contextlib.nullcontext():
         for job, (name, fraction, fold, training, valid, test) in enumerate(jobs[first:], first):
             began, (model, frontend) = time.time(), build(args, training, init, device)
-            save = functools.partial(save_checkpoint, out / "checkpoint.pt", model, script="finetune.py", args=vars(args),
-                                     data=digest, lines=lines)
+            save = functools.partial(save_checkpoint, out / "checkpoint.pt", model, script="finetune.py",
+                                     args=vars(args), data=digest, lines=lines)
             scores = train(model, frontend, training, valid, args, name, functools.partial(save, job=job), state)
             save_checkpoint(out / f"{name}_fraction{fraction:g}.pt", model, frontend=frontend.state_dict(),
                             settings=model.encoder.settings, classes=data.classes, head=args.head, freeze=args.freeze,
@@ -649,7 +648,7 @@ def encode_recording(path, model, frontend, layer=None, notes=None):
     stack = encoder.settings["stack"]
     window = 3000 // stack * stack * HOP / SAMPLE_RATE              # so that latents stay evenly spaced
     log_mels, embeddings = [], []
-    for block in tqdm(read_blocks(path, window, notes), Path(path).name, unit=" min", leave=False, delay=2, disable=None):
+    for block in tqdm(read_blocks(path, window, notes), Path(path).name, unit=" min", leave=False, disable=None):
         if len(block) < HOP and log_mels:
             break               # next to nothing is left
         log_mel = frontend(torch.from_numpy(to_int16(block)[0])[None].to(device))
@@ -660,8 +659,8 @@ def encode_recording(path, model, frontend, layer=None, notes=None):
 
 def embed(path, model, frontend, layer=None, frames=False, notes=None):
     """The embedding of a recording by conformer block `layer` ("middle", or None, is the middle one): its mean and
-    standard deviation over time (2 D,), or with `frames` all of it (L, D), 12.5 a second at R = 4. `notes`, a list, gets
-    a remark where the recording is not as long as it says."""
+    standard deviation over time (2 D,), or with `frames` all of it (L, D), 12.5 a second at R = 4. `notes`, a list,
+    gets a remark where the recording is not as long as it says."""
     layer = block_number(getattr(model, "encoder", model), layer or "middle")
     _, x = encode_recording(path, model, frontend, layer, notes)
     return (x if frames else stats_over_time(x[None])[0]).cpu().numpy()
@@ -695,13 +694,14 @@ def print_prediction(sound, probabilities, events, as_json):
 
 @torch.no_grad()
 def plot_prediction(out, sound, model, frontend, classes, probabilities, events):
-    """Draw what `predict` returns: log-mels, below them the probabilities of the five most probable classes over time (of
-    each step or, for heads without, about each second), boxes around events. Needs matplotlib."""
+    """Draw what `predict` returns: log-mels, below them the probabilities of the five most probable classes over time
+    (of each step or, for heads without, about each second), boxes around events. Needs matplotlib."""
     from matplotlib.figure import Figure
 
     log_mel, x = encode_recording(sound, model, frontend)
     steps = 1 if model.head == "frames" else min(len(x), 12)        # that make a column
-    columns = model.probabilities(model.clip_logits(x[:len(x) // steps * steps].unflatten(0, (-1, steps)))).cpu().numpy()
+    parts = x[:len(x) // steps * steps].unflatten(0, (-1, steps))
+    columns = model.probabilities(model.clip_logits(parts)).cpu().numpy()
     seconds, top = len(log_mel) * HOP / SAMPLE_RATE, list(probabilities)[:5]
     end = len(columns) * steps * model.encoder.settings["stack"] * HOP / SAMPLE_RATE
     figure = Figure((9, 5), layout="constrained")
@@ -728,8 +728,7 @@ def run_inference(args):
     for wrong, message in (
             (args.predict and args.out, "--predict prints: --out is for --embed and for training"),
             (args.embed and not args.out, "--embed needs --out, the .npy file to write"),
-            (args.frames and not (args.out or "").endswith(".npz"), f"--frames writes an .npz file: --out {args.out} is "
-             "none"),
+            (args.frames and not (args.out or "").endswith(".npz"), "--frames writes an .npz file: name it by --out"),
             (args.plot and (len(sounds) != 1 or Path(args.plot).suffix not in (".png", ".svg", ".pdf")),
              "--plot draws one recording, which --predict names, into a .png, .svg or .pdf"),
             (args.plot and importlib.util.find_spec("matplotlib") is None,

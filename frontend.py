@@ -59,7 +59,8 @@ def padding_mask(lengths, log_mel):
     frames = frame_count(lengths)
     if frames.min() >= log_mel.shape[1]:
         return None
-    return torch.arange(log_mel.shape[1], device=log_mel.device) >= frames.to(log_mel.device, non_blocking=True)[:, None]
+    frames = frames[:, None].to(log_mel.device, non_blocking=True)
+    return torch.arange(log_mel.shape[1], device=log_mel.device) >= frames
 
 
 class LogMel(nn.Module):
@@ -90,8 +91,9 @@ class LogMel(nn.Module):
         if waveform.dim() != 2 or waveform.shape[1] == 0:
             raise ValueError(f"LogMel takes waveforms of shape (B, S), not {tuple(waveform.shape)}")
         waveform = waveform.float() / 32768 if waveform.dtype == torch.int16 else waveform.float()
-        B, S = waveform.shape
-        samples = waveform.new_full((B, 1), S) if lengths is None else lengths[:, None].to(waveform, non_blocking=True)
+        S = waveform.shape[1]
+        lengths = torch.full((len(waveform),), S) if lengths is None else lengths
+        samples = lengths[:, None].to(waveform.device, non_blocking=True)                           # (B, 1)
         offset = waveform.sum(1, keepdim=True) / samples
         waveform = (waveform - offset) * (torch.arange(S, device=waveform.device) < samples)        # padding stays 0
         level = (waveform.square().sum(1, keepdim=True) / samples).sqrt()

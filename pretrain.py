@@ -345,23 +345,24 @@ def add_running_options(parser):
     """The options that pre-training and fine-tuning have in common."""
     add, count = parser.add_argument_group("running").add_argument, in_range(int, 1, 10**9)
     add("--resume", action="store_true", help="continue from the checkpoint in --out; start where there is none yet")
-    add("--checkpoint-every", type=count, help="updates that a killed run loses at most (500; pre-training small or large: "
-        "5000)")
+    add("--checkpoint-every", type=count, help="updates that a killed run loses at most (500; to pre-train small or "
+        "large 5000)")
     add("--seed", type=in_range(int, 0, 2**63 - 1), default=0, help="of clips, crops, masks and weights (%(default)s)")
     add("--device", choices=["cpu", "cuda", "mps"], help="(the best there is)")
     add("--dtype", choices=["fp32", "bf16"], help="bf16 halves memory and time where there is hardware for it "
         "(CUDA: bf16, else fp32)")
-    add("--compile", action="store_true", help="torch.compile the blocks: for GPUs; needs a C++ compiler and a minute, more "
-        "where lengths vary")
-    add("--workers", type=in_range(int, 0, 1024), help="processes that read data (with a GPU one a core, up to 8; else 0)")
-    add("--micro-batch", type=count, help="clips that go through the model at once in a process: fewer need less memory "
-        "(all)")
+    add("--compile", action="store_true", help="torch.compile the blocks: for GPUs; needs a C++ compiler and a minute, "
+        "more where lengths vary")
+    add("--workers", type=in_range(int, 0, 1024), help="processes that read data (with a GPU one a core, up to 8; "
+        "else 0)")
+    add("--micro-batch", type=count, help="clips that go through the model at once in a process: fewer need less "
+        "memory (all)")
     add("--weight-decay", type=in_range(float, 0, 1e6), default=0.01, help="more regularises more (%(default)s)")
 
 
 def resume(parser, args, argv):
-    """Options and checkpoint of the run in --out, with --resume, which those in `argv` must not contradict; where there is
-    none, `args` and None. Raises InputError where --out holds a run that --resume was not given for."""
+    """With --resume, options and checkpoint of the run in --out, which those in `argv` must not contradict; where there
+    is none, `args` and None. Raises InputError where --out holds a run that --resume was not given for."""
     if Path(args.out).is_file():
         raise InputError(f"--out {args.out} is a file: name a folder")
     if not (Path(args.out) / "checkpoint.pt").exists():
@@ -413,8 +414,8 @@ def agree(args, *facts):
         extremes = torch.tensor([digest, -digest], device=find_device(args.device, world_size()))
         dist.all_reduce(extremes, dist.ReduceOp.MAX)
         if extremes.sum() != 0:
-            raise InputError(f"{args.out}: not all processes find the same checkpoint there, or the same data: machines "
-                             "must share --out, and have the same recordings")
+            raise InputError(f"{args.out}: not all processes find the same checkpoint there, or the same data: "
+                             "machines must share --out, and have the same recordings")
 
 
 def compile_blocks(model):

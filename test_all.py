@@ -4,15 +4,12 @@ Every formula is compared with numpy or plain Python that says what it means. Th
 temporary folders: as a user runs them where processes, signals and kills matter, else within the tests' process.
 """
 import contextlib
-import functools
-import hashlib
 import importlib.util
 import json
 import math
 import multiprocessing
 import os
 import re
-import resource
 import shutil
 import signal
 import socket
@@ -585,7 +582,8 @@ def test_silence_is_reported_and_harmless():
     model = Wav2Vec2("tiny", **SMALL)
     out = model(torch.zeros(2, 40, 64))
     figures = wav2vec2.summarize(pretrain.fetch(out.sums))
-    assert out.sums["counted"] == 0 and figures["dropped"] == 8 and figures["duplicates"] == 1 and figures["masked"] == 8 / 20
+    assert out.sums["counted"] == 0 and figures["dropped"] == 8
+    assert figures["duplicates"] == 1 and figures["masked"] == 8 / 20
     assert "collapsed" in wav2vec2.collapse_warning(figures)
     out.loss.backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -1004,7 +1002,7 @@ def encoded(folder, suffix, seconds=5, rate=44_100, **options):
     """The bytes of a tone with noise in a format, and its waveform."""
     write_wav(folder / "original.wav", seconds, rate)
     waveform, _ = soundfile.read(folder / "original.wav")
-    waveform = waveform + 0.03 * np.random.default_rng(1).standard_normal(len(waveform)) * np.linspace(0, 1, len(waveform))
+    waveform += 0.03 * np.random.default_rng(1).standard_normal(len(waveform)) * np.linspace(0, 1, len(waveform))
     soundfile.write(folder / f"original.{suffix}", waveform, rate, **options)
     return bytearray((folder / f"original.{suffix}").read_bytes())
 
@@ -1026,10 +1024,10 @@ def with_bytes(content, place, value):
 
 def mp3_in_wav(mp3):
     """Format 0x55, one channel of 44.1 kHz, and no fact chunk that would tell how many samples."""
-    header = (0x55).to_bytes(2, "little") + (1).to_bytes(2, "little") + b"".join(
-        n.to_bytes(4, "little") for n in (44_100, 8000)) + bytes([1, 0, 0, 0, 12, 0, 1, 0, 2, 0, 0, 0, 0xA2, 1, 1, 0, 0x71, 5])
-    chunks = b"WAVEfmt " + len(header).to_bytes(4, "little") + header + b"data" + len(mp3).to_bytes(4, "little") + mp3
-    return b"RIFF" + len(chunks).to_bytes(4, "little") + chunks
+    header = bytes([0x55, 0, 1, 0]) + little(44_100) + little(8000) + bytes(
+        [1, 0, 0, 0, 12, 0, 1, 0, 2, 0, 0, 0, 0xA2, 1, 1, 0, 0x71, 5])
+    chunks = b"WAVEfmt " + little(len(header)) + header + b"data" + little(len(mp3)) + mp3
+    return b"RIFF" + little(len(chunks)) + chunks
 
 
 def little(number):
@@ -1037,23 +1035,23 @@ def little(number):
     return number.to_bytes(4, "little")
 
 
-WHOLE = 5.0         # seconds
+WHOLE, VARIABLE = 5.0, dict(bitrate_mode="VARIABLE", compression_level=0.5)         # seconds; options of soundfile
 REAL_FILES = {
     # name: (suffix, options of soundfile, what is done to the bytes, seconds that are read, note)
     "mp3 of constant rate": ("mp3", dict(bitrate_mode="CONSTANT"), without_first_frame, WHOLE, None),
-    "mp3 of variable rate": ("mp3", dict(bitrate_mode="VARIABLE", compression_level=0.5), without_first_frame, WHOLE, None),
-    "mp3 with a picture": ("mp3", dict(bitrate_mode="VARIABLE", compression_level=0.5),
+    "mp3 of variable rate": ("mp3", VARIABLE, without_first_frame, WHOLE, None),
+    "mp3 with a picture": ("mp3", VARIABLE,
                            lambda b: b"ID3\3\0\0\0\6\0\0" + bytes(6 * 128 * 128) + without_first_frame(b), WHOLE, None),
-    "mp3 in a wav": ("mp3", dict(bitrate_mode="VARIABLE", compression_level=0.5),
+    "mp3 in a wav": ("mp3", VARIABLE,
                      lambda b: mp3_in_wav(without_first_frame(b)), WHOLE, None),
     "two mp3s in one": ("mp3", {}, lambda b: b + b, WHOLE, "after 5.0 s, 50% of the file: more"),
     "two oggs in one": ("ogg", {}, lambda b: b + b, WHOLE, "of the file: more"),
     "two opus in one": ("opus", dict(format="OGG", subtype="OPUS"), lambda b: b + b, WHOLE, "of the file: more"),
-    "wav of more than 4 GiB": ("wav", {}, lambda b: with_bytes(b, b"data", little(88_200)), 1.0, "20% of the file: more"),
+    "wav of over 4 GiB": ("wav", {}, lambda b: with_bytes(b, b"data", little(88_200)), 1.0, "20% of the file: more"),
     "au that promises less": ("au", {}, lambda b: with_bytes(b, 8, (88_200).to_bytes(4, "big")), 1.0, "more is in it"),
     "aiff that promises less": ("aiff", {}, lambda b: with_bytes(with_bytes(
-        b, b"SSND", (88_208).to_bytes(4, "big")), b.index(b"COMM") + 10, (44_100).to_bytes(4, "big")), 1.0, "more is in it"),
-    "flac that promises less": ("flac", {}, lambda b: with_bytes(b, 22, (44_100).to_bytes(4, "big")), 1.0, "more is in it"),
+        b, b"SSND", (88_208).to_bytes(4, "big")), b.index(b"COMM") + 10, (44_100).to_bytes(4, "big")), 1.0, "more is"),
+    "flac that promises less": ("flac", {}, lambda b: with_bytes(b, 22, (44_100).to_bytes(4, "big")), 1.0, "more is"),
     "flac of unknown length": ("flac", {}, lambda b: with_bytes(b, 22, bytes(4)), WHOLE, None),
     **{f"streamed wav, {size:x}": ("wav", {}, lambda b, size=size: with_bytes(b, b"data", little(size)), WHOLE, None)
        for size in (0x7FFFF000, 0x7FFFFF00, 2_000_000_000, 0xFFFFFFFF)},
@@ -1080,7 +1078,8 @@ def test_what_decodes_is_used_and_listed(tmp_path, name):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / f"a.{'wav' if name == 'mp3 in a wav' else suffix}").write_bytes(change(whole))
     (path,), notes = datasets.audio_files(tmp_path / "in"), []
-    (expected, _), (waveform, _) = datasets.read_int16(tmp_path / f"original.{suffix}", []), datasets.read_int16(path, notes)
+    expected, _ = datasets.read_int16(tmp_path / f"original.{suffix}", [])
+    waveform, _ = datasets.read_int16(path, notes)
     assert len(waveform) / 16_000 == pytest.approx(seconds, abs=0.25 if suffix in ("ogg", "opus", "flac") else 0.08)
     size = min(len(waveform), len(expected))
     likeness = np.fft.irfft(np.fft.rfft(waveform, 2 * size) * np.fft.rfft(expected[:size], 2 * size).conj())
@@ -1189,7 +1188,8 @@ def test_blocks_of_a_recording_are_the_whole(tmp_path, rate, suffix):
 
 
 def test_what_the_system_left_is_no_recording_and_other_kinds_are_counted(tmp_path, call):
-    for name in ("dog/1.wav", "cat/2.wav", "__MACOSX/dog/1.wav", ".ipynb_checkpoints/1.wav", "dog/._1.wav", ".Trash-0/3.wav"):
+    for name in ("dog/1.wav", "cat/2.wav", "__MACOSX/dog/1.wav", ".ipynb_checkpoints/1.wav", "dog/._1.wav",
+                 ".Trash-0/3.wav"):
         write_wav(tmp_path / "in" / name, frequency=300 + len(name))
     for i in range(3):
         (tmp_path / "in" / f"{i}.m4a").write_text("x")
@@ -1370,7 +1370,8 @@ def test_a_killed_pack_continues(tmp_path, call, monkeypatch):
             call("datasets.py", "pack", tmp_path / "in", tmp_path / "out")
         with pytest.raises(InputError, match="not hold all of it"):
             datasets.open_unlabelled([tmp_path / "out"], 1.0)
-        with open(tmp_path / "out" / "audio.int16", "ab") as audio, open(tmp_path / "out" / "index.jsonl", "a") as index:
+        out = tmp_path / "out"
+        with open(out / "audio.int16", "ab") as audio, open(out / "index.jsonl", "a") as index:
             audio.write(b"samples without a line")
             index.write('{"name": "a line that is not comp')
     monkeypatch.setattr(datasets, "read_int16", read)
@@ -1758,7 +1759,7 @@ def test_a_fifth_of_each_class_is_held_out_of_a_table_without_splits(tmp_path):
     """Though no two clips have the same labels. Clips of a group stay together."""
     table = write_table(tmp_path, *(f"{i}.wav,{'ab'[i % 2]};{i}" for i in range(20)), columns="file,labels")
     clips, _ = datasets.read_tables("csv", table)
-    assert len(clips) == 20 and sorted(int(clip.name[:-4]) % 2 for clip in clips if clip.split == "test") == [0, 0, 1, 1]
+    assert sorted(int(clip.name[:-4]) % 2 for clip in clips if clip.split == "test") == [0, 0, 1, 1]
     table = write_table(tmp_path, *(f"{i}.wav,a,{i // 4}" for i in range(40)), columns="file,labels,group")
     clips, _ = datasets.read_tables("csv", table)
     groups = [{clip.group for clip in clips if clip.split == split} for split in ("train", "test")]
@@ -1783,6 +1784,83 @@ def test_a_row_for_each_label_is_one_clip(tmp_path):
     table.write_text(table.read_text() + "1-100-A-0.wav,2,0,dog,True,100,A\n")         # the same clip in another fold
     with pytest.raises(InputError, match="1-100-A-0.wav .1. and 1-100-A-0.wav .2. are the same file"):
         load_quietly("esc50", tmp_path / "e")
+
+
+@pytest.mark.parametrize("layout", [("train/dog", "train/cat", "test/dog"), ("fold1/dog", "fold2/dog"), ("Training/x",)])
+def test_folders_of_splits_are_no_classes(tmp_path, layout):
+    """They would be told from one another, with a fine accuracy."""
+    for i, name in enumerate(layout):
+        write_wav(tmp_path / name / f"{i}.wav", frequency=200 + 50 * i)
+    with pytest.raises(InputError, match="look like splits, not classes: name the folder above the classes"):
+        load_quietly("folder", tmp_path)
+
+
+def test_a_class_may_be_called_like_a_split_and_classes_are_printed_with_their_clips(tmp_path, capsys):
+    for i in range(12):
+        name = "train" if i < 5 else "dog" if i < 8 else f"{i}"
+        write_wav(tmp_path / name / f"{i}.wav", 0.3, frequency=200 + 50 * i)
+    data = load_quietly("folder", tmp_path)
+    assert [data.classes[own[0]] for own in data.labels].count("train") == 5
+    assert "6 classes: 10 1, 11 1, 8 1, 9 1, dog 3, train 5" in capsys.readouterr().out
+    for i in range(20):
+        write_wav(tmp_path / f"more{i:02}" / f"{i}.wav", 0.3, frequency=900 + 50 * i)
+    load_quietly("folder", tmp_path)
+    printed = capsys.readouterr().out
+    assert "26 classes: 10 1, 11 1, 8 1, 9 1, dog 3, ..., more16 1, more17 1, more18 1, more19 1, train 5" in printed
+
+
+def test_columns_of_a_table_that_are_not_used_are_named_and_fold_is_split(tmp_path, capsys):
+    rows = [f"{i}.wav,ab,{i % 3 + 1},me,{i}" for i in range(6)]
+    data = load_quietly("csv", write_table(tmp_path, *rows, columns="file,labels,fold,recordist,take"))
+    assert data.splits.tolist() == list("123123") and "not used: recordist, take" in capsys.readouterr().out
+
+
+def test_files_of_no_bytes_are_unreadable_and_copies_stay_together(tmp_path, capsys):
+    """Whatever the names hash to."""
+    for i in range(10):
+        write_wav(tmp_path / "dog" / f"{i}.wav", 0.3, frequency=200 + 50 * i)
+        write_wav(tmp_path / "cat" / f"{i}.wav", 0.3, frequency=2000 + 50 * i)
+    for name in ("dog/empty.wav", "cat/empty.wav"):
+        (tmp_path / name).write_bytes(b"")
+    for i in range(10):
+        shutil.copy(tmp_path / "dog" / "0.wav", tmp_path / "dog" / f"copy{i}.wav")
+    data = load_quietly("folder", tmp_path)
+    assert "0 missing, 2 unreadable" in capsys.readouterr().out and len(data) == 30
+    splits = dict(zip(data.names, data.splits.tolist(), strict=True))
+    assert {splits[f"dog/copy{i}.wav"] for i in range(10)} == {splits["dog/0.wav"]}
+    shutil.copy(tmp_path / "dog" / "0.wav", tmp_path / "cat" / "other.wav")
+    with pytest.raises(InputError, match="are the same content with different labels"):
+        load_quietly("folder", tmp_path)
+
+
+AUDIOSET_NAMES = ("{}_30.000_40.000", "{}_30_40", "{}_30000_40000", "{}_30.000", "{}_30", "{}_30000", "{}")
+
+
+@pytest.mark.parametrize("form", [prefix + name for prefix in ("", "Y") for name in AUDIOSET_NAMES])
+def test_names_of_audioset_clips(tmp_path, form):
+    mini_audioset(tmp_path)
+    shutil.rmtree(tmp_path / "audio")
+    write_wav(tmp_path / f"{form.format('-0RWZT-miFb')}.wav")
+    table = tmp_path / "balanced_train_segments.csv"
+    table.write_text("\ufeff" + table.read_text().replace("09x0r,/t", "09x0r, /t") + "\n\n")     # all that is harmless
+    data = load_quietly("audioset-balanced", tmp_path)
+    assert data.names == ["-0RWZT-miFb"] and data.labels == [(0, 1)]
+    os.remove(tmp_path / f"{form.format('-0RWZT-miFb')}.wav")
+    with pytest.raises(InputError, match="looked for -0RWZT-miFb, -0RWZT-miFb_30.000, .*Y-0RWZT-miFb_30000_40000"):
+        load_quietly("audioset-balanced", tmp_path)
+
+
+def test_a_line_of_audioset_that_lost_its_quotes_is_named(tmp_path):
+    mini_audioset(tmp_path)
+    table = tmp_path / "eval_segments.csv"
+    table.write_text(table.read_text().replace('"', ""))
+    with pytest.raises(InputError, match="eval_segments.csv: can't read line 4: -0RWZT-miFe, 30.000"):
+        load_quietly("audioset", tmp_path)
+
+
+def test_recordings_too_short_to_learn_from_are_counted(tmp_path, capsys):
+    datasets.open_unlabelled([pack_tones(tmp_path, 2, 0.5, 3, 0.9)], 1.0)
+    assert "2 of 4 recordings are left out: shorter than a second" in capsys.readouterr().out
 
 
 def test_sets_of_which_little_is_there_are_refused_or_warned_of(tmp_path, capsys):
@@ -2244,9 +2322,9 @@ def test_a_run_is_not_overwritten_nor_changed(pretrained, finetuned, tmp_path, c
     message = call("finetune.py", "--data", "esc10", "--out", finetuned, "--resume", code=2)
     assert "other clips, labels, splits" in message
     monkeypatch.chdir(tmp_path)                                 # without --out, the usual folder
-    call("finetune.py", "--data", "csv", "--root", write_table(tmp_path, "1.wav,a,train", "2.wav,b,test"), "--updates", 1,
-         "--resume")
-    assert "done" in call("finetune.py", "--data", "csv", "--root", tmp_path / "mine.csv", "--updates", 1, "--resume")
+    table = write_table(tmp_path, "1.wav,a,train", "2.wav,b,test")
+    call("finetune.py", "--data", "csv", "--root", table, "--updates", 1, "--resume")
+    assert "done" in call("finetune.py", "--data", "csv", "--root", table, "--updates", 1, "--resume")
     call("pretrain.py", *pretrained[0], "--profile", "--checkpoint-every", 1, "--out", tmp_path / "profiled")
     call("pretrain.py", "--resume", "--out", tmp_path / "profiled")         # and profiles no more
     assert "trace.json" in os.listdir(tmp_path / "profiled")
@@ -2580,6 +2658,33 @@ def finetuned(pretrained, tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.parametrize("fault, name", [(BrokenPipeError(32, "Broken pipe"), "say"), (InputError("x"), "evaluate")])
+def test_what_was_trained_is_saved_before_it_is_tested_and_told(tmp_path, monkeypatch, call, fault, name):
+    """And --resume goes on with the test, without another update."""
+    table = write_table(tmp_path, "1.wav,a,train", "2.wav,b,train", "3.wav,a,test")
+    options = ["finetune.py", "--data", "csv", "--root", table, "--updates", 3, "--out", tmp_path / "run"]
+    original = getattr(finetune, name)
+
+    def broken(*inputs):
+        if name == "evaluate" or inputs[0].startswith("model"):
+            raise fault
+        return original(*inputs)
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, name, broken)
+        call(*options, code=2)
+    assert finetune.load_run(tmp_path / "run")[2] == ["a", "b"]
+    steps = spy(monkeypatch, finetune, "add_gradients")
+    assert "done" in call(*options, "--resume") and not steps
+    assert len(results(tmp_path / "run")) == 1
+
+
+def test_what_can_not_be_measured_is_found_before_the_first_update(tmp_path, monkeypatch, call):
+    steps = spy(monkeypatch, finetune, "add_gradients")
+    table = write_table(tmp_path, "1.wav,a;b,train", "2.wav,b,train", "3.wav,,test")
+    message = call("finetune.py", "--data", "csv", "--root", table, "--out", tmp_path / "run", code=2)
+    assert "no mAP on 1 clips to test" in message and not steps
+
+
 def test_predict_says_what_the_model_says(finetuned, tmp_path, call):
     for name, seconds in (("short.wav", 0.1), ("middle.flac", 3), ("long.mp3", 130)):
         write_wav(tmp_path / name, seconds, 22_050, frequency=900)
@@ -2616,7 +2721,8 @@ def test_a_long_recording_is_tagged_as_a_whole(tmp_path, head):
     model, front, classes = finetune.Classifier(Wav2Vec2("tiny", **SMALL), 3, head).eval(), LogMel(), list("abc")
     x = finetune.encode_recording(tmp_path / "a.wav", model, front)[1][None]
     with torch.no_grad():
-        expected, heard = model.clip_logits(x).sigmoid()[0], model.frame_logits(x)[0].sigmoid() if head == "frames" else None
+        expected = model.clip_logits(x).sigmoid()[0]
+        heard = model.frame_logits(x)[0].sigmoid() if head == "frames" else None
     threshold = heard.median().item() if head == "frames" else 0.5
     probabilities, events = finetune.predict(tmp_path / "a.wav", model, front, classes, threshold)
     assert [probabilities[name] for name in classes] == pytest.approx(expected.tolist(), abs=1e-3)
