@@ -49,7 +49,7 @@ class Clip(NamedTuple):
     """A recording, and what a data set's tables say about it."""
     name: str               # unique in the data set
     labels: tuple           # names, later numbers, of its classes
-    split: str              # "train", "valid" or "test", or the number of the fold whose test clip it is
+    split: str              # "train", "valid" or "test", or the number of the fold whose test clip it is; or ""
     path: Path | None       # the file; None where it is missing
     group: str = ""         # clips of one group, cut from one recording perhaps, stay on one side of a split
     samples: int = 0        # at 16 kHz, once it is decoded
@@ -262,7 +262,8 @@ def decode(files, workers=None, done=0):
     """Decode recordings on all cores, with a progress bar: yields what is in `Recordings`, in order. `done` is how many
     were decoded before these."""
     size = sum(os.path.getsize(path) for path in files if os.path.exists(path))
-    workers = min(workers or cores(), len(files), size // 2**22)        # for a few megabytes none is worth its start
+    workers = cores() if workers is None else workers
+    workers = min(workers, len(files), size // 2**22)                   # for a few megabytes none is worth its start
     loader = torch.utils.data.DataLoader(Recordings(files), batch_size=None, num_workers=workers, collate_fn=tuple,
                                          worker_init_fn=init_worker)
     yield from tqdm(loader, "decode", total=done + len(files), initial=done, unit=" files", leave=False, disable=None)
@@ -346,7 +347,8 @@ def pack(clips, out, header=None, workers=None, keep_silent=False):
 
 class Pack:
     """What `pack` wrote into one or more folders, like a list of int16 waveforms, which are read when they are looked
-    at: `clips`, with their number of samples; `skipped`, a line for each recording that was left out; `header`.
+    at: `clips`, with their number of samples; `skipped`, a line for each recording that was left out; `header`, of the
+    last folder.
 
     Raises InputError where a part is missing or damaged.
     """
@@ -396,8 +398,8 @@ def open_unlabelled(data, seconds):
         return [ClipSet([Clip(f"synth/{split}/{i}", (), split, None, samples=round(seconds * SAMPLE_RATE))
                          for i in range(count)], SynthWaveforms(split, seconds), seconds=seconds)
                 for split, count in (("unlabelled", 2000), ("held_out", 100))]
-    pack = Pack(*data)
-    source = ClipSet(pack.clips, pack, seconds=seconds)
+    packed = Pack(*data)
+    source = ClipSet(packed.clips, packed, seconds=seconds)
     source.crops = -(-source.lengths // round(seconds * SAMPLE_RATE))
     usable = np.flatnonzero(source.lengths >= SAMPLE_RATE)
     if len(usable) == 0:
@@ -475,7 +477,7 @@ def _bird(rng, t, pitch, speed):
 
 
 def _dog(rng, t, pitch, speed):
-    since, which = _strokes(rng, t, 2.0 * speed, 0.4)
+    since, _ = _strokes(rng, t, 2.0 * speed, 0.4)
     bark = (since / 0.03).clip(0, 1) * np.exp(-(since - 0.03).clip(0) * 16)
     voice = _tone(480 * pitch * (0.7 + 0.6 * np.exp(-since * 12)), (0.6, 1, 0.9, 0.6, 0.4, 0.3, 0.2))
     return bark * (voice + 0.6 * _noise(rng, len(t), 400, 3000))
@@ -510,7 +512,7 @@ def synth_clip(index, split="unlabelled", seconds=5.0):
 
     One to three events of different classes, those later in SOUND_CLASSES rarer, at random pitch, speed,
     loudness and onset, over a background of noise, in a random room, through a random microphone.
-    Returns the int16 waveform (S,) and the events: a list of (class, onset, offset) in seconds.
+    Returns the int16 waveform (S,) and the events: a list of (onset, offset, class), in seconds.
     """
     rng = np.random.default_rng([SPLITS.index(split), index])
     n = int(seconds * SAMPLE_RATE)
@@ -524,7 +526,7 @@ def synth_clip(index, split="unlabelled", seconds=5.0):
         sound = sound * np.minimum(np.minimum(t, t[::-1]) / 0.02, 1)            # fade in and out
         level = 10 ** (rng.uniform(-8, 14) / 20)                                # -8 to 14 dB
         waveform[onset:onset + length] += sound / (sound.std() + 1e-9) * level
-        events.append((str(kind), onset / SAMPLE_RATE, (onset + length) / SAMPLE_RATE))
+        events.append((onset / SAMPLE_RATE, (onset + length) / SAMPLE_RATE, str(kind)))
     size = -(-n // 4000) * 4000 + 4000
     tail = np.arange(4000) / SAMPLE_RATE
     room = rng.standard_normal(4000) * np.exp(-tail * rng.uniform(15, 60)) * rng.uniform(0, 0.06)
@@ -725,17 +727,21 @@ def own_table(index):
 
 
 def group_copies(clips):
-    """Files with the same bytes become a group, where they have none: what was learned from one is not tested on
-    another. Raises InputError where their labels differ."""
-    sizes, first = collections.Counter(os.path.getsize(clip.path) for clip in clips), {}
+    """Files with the same bytes become a group: what was learned from one is not tested on another. Raises InputError
+    where their labels or groups differ."""
+    sizes, copies = collections.Counter(os.path.getsize(clip.path) for clip in clips), collections.defaultdict(list)
     for n, clip in enumerate(clips):
         size = os.path.getsize(clip.path)
         if size and sizes[size] > 1 and os.access(clip.path, os.R_OK):         # what can't be read is left out later
-            digest = hashlib.sha256(clip.path.read_bytes()).hexdigest()
-            other = clips[first.setdefault(digest, n)]
-            if set(other.labels) != set(clip.labels) and identity(other.path) != identity(clip.path):
-                raise InputError(f"{other.name} and {clip.name} are the same content with different labels: delete one")
-            clips[n] = clip._replace(group=clip.group or other.group or digest)
+            copies[hashlib.sha256(clip.path.read_bytes()).hexdigest()].append(n)
+    for digest, numbers in copies.items():
+        groups = {clips[n].group for n in numbers} - {""}
+        files = {(identity(clips[n].path), *sorted(clips[n].labels)): clips[n].name for n in numbers}
+        if len(groups) > 1 or len({key[0] for key in files}) > 1 < len({key[1:] for key in files}):
+            raise InputError(f"{', '.join(sorted(set(files.values()))[:3])} are the same content, with different "
+                             f"{'groups' if len(groups) > 1 else 'labels'}: keep one of them")
+        for n in numbers:
+            clips[n] = clips[n]._replace(group=max(groups, default=digest))
     return clips
 
 
@@ -877,7 +883,7 @@ def synth(train=1000, test=500):
     for split, i in tqdm([("train", i) for i in range(train)] + [("test", i) for i in range(test)], "synth",
                          unit=" clips", leave=False, disable=None):
         waveform, events = synth_clip(i, split)
-        labels = tuple({classes.index(event[0]) for event in events})
+        labels = tuple({classes.index(kind) for _, _, kind in events})
         clips.append(Clip(f"synth/{split}/{i}", labels, split, None, samples=len(waveform)))
         waveforms.append(waveform)
     return clips, waveforms
@@ -1132,8 +1138,8 @@ def cores():
 
 
 def find_device(name=None, world=1):
-    """The device of this name, or the best there is; of several GPUs, the one of this process. Raises InputError where
-    there is none, or not for `world` processes."""
+    """The device of this name, or the best there is; of several GPUs, the one of this process, with cuDNN's attention
+    switched off. Raises InputError where there is none, or not for `world` processes."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available() and world == 1
     name = name or ("cuda" if cuda else "mps" if mps else "cpu")
     if not {"cuda": cuda, "mps": mps, "cpu": True}[name]:
@@ -1227,7 +1233,7 @@ def main():
         for i in tqdm(range(args.clips), "synth", unit=" clips", leave=False, disable=None):
             waveform, events = synth_clip(i)
             soundfile.write(Path(args.out) / f"{i}.wav", waveform, SAMPLE_RATE)
-            rows += [(f"{i}.wav", onset, offset, name) for name, onset, offset in events]
+            rows += [(f"{i}.wav", *event) for event in events]
         write_events(Path(args.out) / "events.tsv", rows)
         print(f"{args.clips} clips, and when what sounds in them (events.tsv), in {args.out}")
         return

@@ -12,8 +12,10 @@ Several GPUs: `torchrun --nproc_per_node=8 finetune.py ...`. Then use the result
     python finetune.py --predict dog.wav --init runs/finetune --plot dog.png --tsv events.tsv
 The run's folder has a model for each fold and fraction, and a line of JSON for each in results.jsonl.
 
-Shapes: B clips, S samples, T frames, L latents in time, D width, C classes.
+Shapes: B clips, S samples, T frames, L latents in time, D width, C classes. A layer is a conformer block, counted from
+1; what heads and options call frames are the steps of 80 ms that latents have.
 """
+import argparse
 import contextlib
 import copy
 import functools
@@ -50,17 +52,16 @@ METRICS = dict(accuracy=metrics.accuracy, mAP=metrics.average_precisions, MAUC=m
 
 # Defaults of these options, overridden by the data set's line in RECIPES. The paper names the batches of 640 and 64,
 # the heads, AudioSet's balancing, the augmentations and the weight of 2 (Sec. 4); the rest it found by sweeps that it
-# does not print. ESC-10 and synth were tried here, the others not; sets of one's own, often as small, get ESC-10's.
+# does not print. ESC-10 and synth were tried here, the others not; sets of one's own, often as small, get the same.
 DEFAULTS = dict(updates=2000, batch_size=32, lr=5e-4, seconds=10.0, head="mean", head_dropout=0.1,
                 balance=False, augment=["jitter", "time_mask", "mixup"], consistency=2.0, loss="bce", encoder_lr=1.0,
                 layer="last", checkpoint_every=500)
-FEW_LABELS = dict(updates=1000, batch_size=16, lr=1e-3, head="stats", augment=["jitter"], consistency=0.0,
-                  encoder_lr=0.1, layer="middle")
+FEW_LABELS = dict(updates=1000, batch_size=16, lr=1e-3, seconds=5.0, head="stats", augment=["jitter"], consistency=0.0)
 RECIPES = {
-    "synth": dict(updates=250, lr=1e-3, augment=[], consistency=0.0),
+    "synth": FEW_LABELS,
     "folder": FEW_LABELS,
     "csv": FEW_LABELS,
-    "esc10": dict(FEW_LABELS, updates=400, seconds=3.0, loss="ce"),
+    "esc10": dict(FEW_LABELS, updates=400, seconds=3.0),
     "esc50": dict(updates=4000),
     "audioset": dict(updates=60_000, batch_size=640, lr=3e-4, head="frames", balance=True),
     "audioset-balanced": dict(updates=20_000, batch_size=64, lr=3e-4, head="frames"),
@@ -100,7 +101,11 @@ def stats_over_time(x, padding_mask=None):
     """Mean and standard deviation of (B, L, D) over the steps that are not padding: (B, 2 D)."""
     mean = mean_over_time(x, padding_mask)
     variance = mean_over_time((x - mean[:, None]).square(), padding_mask)
-    return torch.cat([mean, (variance + 1e-6).sqrt()], 1)       # without it, sqrt has no gradient at 0
+    return torch.cat([mean, (variance + 1e-6).sqrt()], 1)       # at 0 the gradient of sqrt is infinite
+
+
+# How a clip's embeddings become one vector: name of the head, function, width of its result over D.
+POOLINGS = dict(mean=(mean_over_time, 1), stats=(stats_over_time, 2))
 
 
 class Standardise(nn.Module):
@@ -137,7 +142,7 @@ class Classifier(nn.Module):
 
     def __init__(self, encoder, classes, head="mean", dropout=0.1, freeze=False, layer="last"):
         super().__init__()
-        if head not in ("mean", "stats", "frames"):
+        if head not in (*POOLINGS, "frames"):
             raise ValueError(f"no head '{head}'")
         self.encoder, self.head, self.freeze = encoder, head, freeze
         self.single_label = False       # `load_run` sets it for what --loss ce trained: softmax, not sigmoids
@@ -146,7 +151,7 @@ class Classifier(nn.Module):
         encoder.mask_embedding.requires_grad_(False)    # DDP refuses unused parameters
         self.layer = block_number(encoder, layer)
         encoder.conformer.blocks[self.layer:].requires_grad_(False)
-        dim = encoder.settings["dim"] * (2 if head == "stats" else 1)
+        dim = encoder.settings["dim"] * (1 if head == "frames" else POOLINGS[head][1])
         self.standardise = Standardise(dim) if freeze or head == "stats" else nn.Identity()
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(dim, classes)
@@ -164,10 +169,9 @@ class Classifier(nn.Module):
             return self.linear(self.dropout(self.standardise(x.float())))
 
     def summary(self, x, padding_mask=None):
-        """What the linear layer sees of a clip: its embeddings (B, L, D), or their statistics over time (B, D)."""
-        if self.head == "frames":
-            return x
-        return (stats_over_time if self.head == "stats" else mean_over_time)(x.float(), padding_mask)
+        """What the linear layer sees of clips: for "frames" their embeddings (B, L, D), else these pooled, (B, D) or
+        for "stats" (B, 2 D)."""
+        return x if self.head == "frames" else POOLINGS[self.head][0](x.float(), padding_mask)
 
     def clip_logits(self, x, padding_mask=None):
         """The head: embeddings (B, L, D) and their padding mask (B, L) or None -> logits (B, C)."""
@@ -307,34 +311,34 @@ def parse(argv=None):
     add("--fold", help="of sets with folds, the one to test on, or 'all', one after the other (1)")
     add("--fraction", type=in_range(float, 1e-6, 1), nargs="+", default=[1.0], help="of the training clips, class by "
         "class; several are tried one after the other (%(default)s)")
-    add("--balance", action="store_true", default=None, help="draw all classes equally often (Sec. 4.1; audioset)")
-    add("--seconds", type=in_range(float, 0.1, 3600), help="of longer clips, train on random crops (10; esc10 3)")
-    add("--validate", action="store_true", help="test the weights that do best, of about twenty tries, on validation "
-        "clips: the set's own, or a tenth of the training clips, or the next fold")
+    add("--balance", action=argparse.BooleanOptionalAction, help="draw all classes equally often (Sec. 4.1; audioset)")
+    add("--seconds", type=in_range(float, 0.1, 3600), help="of longer clips, train on random crops (10; synth, folder, "
+        "csv 5, esc10 3)")
+    add("--validate", action="store_true", help="hold out validation clips where a set has none: a tenth of the "
+        "training clips, or the next fold. With such clips, the best weights on them, of about twenty tries, are tested")
     add("--no-test", action="store_true", help="report the last weights' score on the validation clips instead: for "
         "choosing options")
 
     add = parser.add_argument_group("model").add_argument
     add("--size", choices=SIZES, help="from scratch (tiny); with --init the size is that of the run")
-    add("--layer", type=block, help="the conformer block that is read: a number, 'middle' or 'last' (--embed, esc10, "
-        "folder, csv: middle, else last)")
-    add("--head", choices=["mean", "stats", "frames"], help="average the embeddings, then a linear layer; 'stats': "
+    add("--layer", type=block, help="the conformer block that is read: a number, 'middle' or 'last' (last; "
+        "--embed: middle)")
+    add("--head", choices=[*POOLINGS, "frames"], help="average the embeddings, then a linear layer; 'stats': "
         "average and deviation, better with few labels; 'frames': probabilities at each step, then linear softmax "
-        "pooling, which also tells when (mean; audioset frames; esc10, folder, csv stats)")
+        "pooling, which also tells when (mean; audioset frames; synth, esc10, folder, csv stats)")
     add("--freeze", action="store_true", help="train the head only, on standardised embeddings (linear probe)")
     add("--head-dropout", type=in_range(float, 0, 0.99), help="more works against overfitting (0.1 to 0.3)")
 
     add = parser.add_argument_group("optimisation (Sec. 4)").add_argument
-    add("--updates", type=in_range(int, 1, 10**9), help="(from 250 for synth to 60000 for audioset; folder, csv 1000)")
+    add("--updates", type=in_range(int, 1, 10**9), help="(esc10 400, synth, folder, csv 1000, ..., audioset 60000)")
     add("--batch-size", type=in_range(int, 1, 10**6), help="clips in an update, over all processes (16 to 640)")
     add("--lr", type=in_range(float, 1e-12, 1e6), help="peak learning rate (3e-4 to 1e-3; frozen 1e-2)")
-    add("--encoder-lr", type=share, help="share of --lr for a pre-trained encoder (1; esc10, folder, csv 0.1)")
+    add("--encoder-lr", type=share, help="that of a pre-trained encoder, as a share of --lr (1)")
     add("--stages", type=share, nargs=3, default=[0.3, 0.3, 0.4], metavar=("WARMUP", "HOLD", "DECAY"),
         help="shares of the updates (%(default)s)")
-    add("--loss", choices=["bce", "ce"], help="binary cross-entropy or, for one label a clip, cross-entropy (bce; "
-        "esc10 ce)")
+    add("--loss", choices=["bce", "ce"], help="binary cross-entropy or, for one label a clip, cross-entropy (bce)")
     add("--augment", nargs="*", choices=["jitter", "time_mask", "mixup"], metavar="NAME", help="those of jitter, "
-        "time_mask and mixup to apply; no name: none (all; esc10, folder, csv jitter; synth none)")
+        "time_mask and mixup to apply; no name: none (all; synth, esc10, folder, csv jitter)")
     add("--consistency", type=in_range(float, 0, 1e6), help="weight of the consistency loss (Sec. 4.2); 0 halves the "
         "time (2; synth, esc10, folder, csv 0)")
     add_running_options(parser)
@@ -346,8 +350,7 @@ def parse(argv=None):
         args.init = args.init or "runs/finetune"
         return args, None
     args.out = args.out or ("runs/finetune" if args.init else "runs/scratch")
-    recipe = {**DEFAULTS, **RECIPES.get(args.data, {}), **({"lr": FREEZE_LR} if args.freeze else {}),
-              **({} if args.init else {"encoder_lr": 1.0, "layer": "last"})}       # those are for pre-trained encoders
+    recipe = {**DEFAULTS, **RECIPES[args.data], **({"lr": FREEZE_LR} if args.freeze else {})}
     for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -422,18 +425,21 @@ def split(data, folds, fold, fraction, args):
 def build(args, training, init, device):
     """A new classifier, and the frontend: from the pre-training checkpoint `init` or, if it is None, from scratch."""
     torch.manual_seed(args.seed)
-    some = [torch.from_numpy(np.array(training.waveform(i)))[None] for i in
-            np.linspace(0, len(training) - 1, min(len(training), 512)).astype(int)]
+
+    def some_clips():
+        for i in np.linspace(0, len(training) - 1, min(len(training), 512)).astype(int):
+            yield torch.from_numpy(np.array(training.waveform(i)))[None]
+
     if init:
         encoder, frontend = load_encoder(init)
         load_weights(init, encoder, frontend)
     else:
         encoder, frontend = Wav2Vec2(args.size or "tiny"), LogMel()
-        frontend.fit_normalization((waveform, torch.tensor([waveform.shape[1]])) for waveform in some)
+        frontend.fit_normalization((waveform, torch.tensor([waveform.shape[1]])) for waveform in some_clips())
     model = Classifier(encoder, len(training.classes), args.head, args.head_dropout, args.freeze, args.layer).to(device)
     frontend = frontend.to(device)
     if isinstance(model.standardise, Standardise):
-        model.fit_standardise(frontend(waveform.to(device)) for waveform in some)
+        model.fit_standardise(frontend(waveform.to(device)) for waveform in some_clips())
     if args.compile:
         compile_blocks(encoder)
     return model.train(), frontend      # `train` also keeps a frozen encoder in evaluation mode
@@ -565,7 +571,7 @@ def main():
         return run_inference(args)
     device, out = init_distributed(args), Path(args.out)
     init = load_checkpoint(args.init, "pretrain.py") if args.init else None
-    data = load_labelled(args.data, args.root)
+    data = load_labelled(args.data, args.root, args.workers)
     jobs = plan(data, args)
     # No two pre-trainings end with the same mask embedding.
     start = init["model"]["mask_embedding"].numpy().tobytes() if init else b""
@@ -590,19 +596,19 @@ def main():
             lines.append(dict(fold=fold, fraction=fraction, metric=data.metric, score=score, valid_best=scores["best"],
                               valid_last=scores["last"], classes=classes, train=training.fingerprint(),
                               test=test.fingerprint(), minutes=minutes, args=vars(args)))
-            state = dict(job=job + 1, update=0)
-            save(**state)
             if rank() == 0:
                 write_whole(out / "results.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+            state = dict(job=job + 1, update=0)
+            save(**state)
             say(f"{name}: {'validation ' * args.no_test}{data.metric} {score:.3f} on {len(test)} clips"
                 + f" over {classes} classes" * (classes is not None) + (
                     f" (validation: last {scores['last']:.3f}, best of about twenty {scores['best']:.3f})" if len(valid)
                     else "") + f", after {len(training)} clips x {args.updates * args.batch_size / len(training):.0f} "
                 f"epochs, {minutes:.1f} min\n    trained on {lines[-1]['train']}\n    tested on {lines[-1]['test']}")
-            if args.fold == "all" and fold == jobs[-1][2] is not None:
-                scores = [line["score"] for line in lines if line["fraction"] == fraction]
-                say(f"fraction {fraction:g}: mean {data.metric} over {len(scores)} folds {np.mean(scores):.3f} "
-                    f"(standard deviation {np.std(scores):.3f})")
+            if args.fold == "all" and fold is not None and fold == jobs[-1][2]:
+                of_folds = [line["score"] for line in lines if line["fraction"] == fraction]
+                say(f"fraction {fraction:g}: mean {data.metric} over {len(of_folds)} folds {np.mean(of_folds):.3f} "
+                    f"(standard deviation {np.std(of_folds):.3f})")
         say(f"done: {out / 'results.jsonl'}")
         finish(args)
 
@@ -629,8 +635,7 @@ def load_run(run, device="cpu"):
     classes, (model, frontend) = content.get("classes", []), load_encoder(content)
     if classes:
         with reading(path, "use another model"):
-            model = Classifier(model, len(classes), content["head"], 0.0, content["freeze"],
-                               content.get("layer", "last"))
+            model = Classifier(model, len(classes), content["head"], 0.0, content["freeze"], content["layer"])
     load_weights(content, model, frontend)
     model.single_label = content["args"].get("loss") == "ce"
     return model.to(device).eval(), frontend.to(device), classes
@@ -642,13 +647,14 @@ def encode_recording(path, model, frontend, layer=None, notes=None):
     `layer` (None: the one that a classifier reads). Raises InputError for what `read_blocks` can't read, and more than
     LONGEST hours; so do `embed` and `predict`."""
     with open_audio(path) as (file, _, promised):
-        if promised and promised > LONGEST * 3600 * file.samplerate:
-            raise InputError(f"{path}: is longer than {LONGEST} hours; cut it into parts")
+        hours = (promised or 0) / file.samplerate / 3600
     encoder, device = getattr(model, "encoder", model), frontend.mean.device
     stack = encoder.settings["stack"]
     window = 3000 // stack * stack * HOP / SAMPLE_RATE              # so that latents stay evenly spaced
     log_mels, embeddings = [], []
     for block in tqdm(read_blocks(path, window, notes), Path(path).name, unit=" min", leave=False, disable=None):
+        if max(hours, len(log_mels) / 60) > LONGEST:
+            raise InputError(f"{path}: is longer than {LONGEST} hours; cut it into parts")
         if len(block) < HOP and log_mels:
             break               # next to nothing is left
         log_mel = frontend(torch.from_numpy(to_int16(block)[0])[None].to(device))
@@ -760,7 +766,8 @@ def run_inference(args):
                 events_of_all += [(Path(sound).name, *event) for event in events or ()]
                 if args.plot:
                     plot_prediction(args.plot, sound, model, frontend, classes, probabilities, events)
-            print(*(f"{sound}: {note}" for note in notes), sep="\n", end="\n" * len(notes), file=sys.stderr)
+            for note in notes:
+                print(f"{sound}: {note}", file=sys.stderr)
         except InputError as error:
             errors.append(str(error))
     if args.tsv and len(errors) < len(sounds):

@@ -94,8 +94,9 @@ class LogMel(nn.Module):
         S = waveform.shape[1]
         lengths = torch.full((len(waveform),), S) if lengths is None else lengths
         samples = lengths[:, None].to(waveform.device, non_blocking=True)                           # (B, 1)
-        offset = waveform.sum(1, keepdim=True) / samples
-        waveform = (waveform - offset) * (torch.arange(S, device=waveform.device) < samples)        # padding stays 0
+        real = torch.arange(S, device=waveform.device) < samples
+        waveform = waveform * real
+        waveform = (waveform - waveform.sum(1, keepdim=True) / samples) * real                      # padding stays 0
         level = (waveform.square().sum(1, keepdim=True) / samples).sqrt()
         waveform = waveform / level.clamp(min=SILENT_LEVEL)
         frames = F.pad(waveform, (WINDOW // 2, WINDOW // 2)).unfold(1, WINDOW, HOP)

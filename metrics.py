@@ -3,7 +3,8 @@
 Scores and labels are (N, C) arrays or tensors: N clips, C classes, labels 0 or 1. Scores may be on
 any scale that rises with the probability; logits are best, as probabilities that round to the same
 number tie. What has no answer (a class that no clip has; in lwlrap, a clip without labels) is left
-out; where nothing is left, ValueError is raised: no metric is ever NaN.
+out: the functions by class give NaN for it, which `mean_over_classes` passes over. Where nothing is
+left, ValueError is raised.
 """
 import numpy as np
 import torch

@@ -43,8 +43,8 @@ from datasets import (Bar, InputError, Parser, batches, claim, collate, derive_s
 from frontend import SAMPLE_RATE, LogMel, frame_count, padding_mask
 from wav2vec2 import COMMON, SIZES, Wav2Vec2, collapse_warning, span_mask, summarize
 
-# Defaults of these options. The paper states those of small and large (Sec. 2.3) but for batch size and seconds.
-# A checkpoint of large has 1 GB: every 500 updates, eight GPUs would spend half their time on writing it.
+# Defaults of these options. The paper states updates, warm-up and learning rate of small and large (Sec. 2.3). A
+# checkpoint of large has 1 GB: every 500 updates, eight GPUs would spend half their time on writing it.
 PAPER = dict(updates=300_000, warmup=10_000, lr=3e-4, batch_size=256, seconds=10.0, checkpoint_every=5000)
 SCHEDULES = dict(tiny=dict(updates=400, warmup=40, lr=1e-3, batch_size=32, seconds=5.0, checkpoint_every=500),
                  small=PAPER, large=PAPER)
@@ -83,7 +83,7 @@ def main():
     # Adam with decoupled weight decay, as in fairseq (Sec. 2.3).
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=args.weight_decay,
                                   fused=device.type != "mps")
-    # Updates done; those skipped; and sums over those since the last line of the log.
+    # Updates done; of these skipped; of these in a row until now; and sums over the others since the last log line.
     done, skipped, skips_in_a_row, since_log = 0, 0, 0, collections.Counter()
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -272,7 +272,8 @@ def draw(board, update, model, frontend, source):
     crop = max((source.crop(i, np.random.default_rng(i)) for i in range(min(len(source), 16))), key=len)
     log_mel = frontend(torch.from_numpy(np.array(crop))[None].to(device))
     rand = torch.rand(model.rand_shape(*log_mel.shape[:2])[:2], generator=torch.Generator().manual_seed(0)).to(device)
-    mask, _, context, targets, valid = model.eval().predict_masked(log_mel, None, rand)
+    with torch.compiler.set_stance("force_eager"):
+        mask, _, context, targets, valid = model.eval().predict_masked(log_mel, None, rand)
     model.train()
     if not mask.any():
         return                  # they are all too short
@@ -372,10 +373,10 @@ def resume(parser, args, argv):
     checkpoint = load_checkpoint(args.out, parser.prog)
     saved = {name: value for name, value in checkpoint["args"].items() if name not in OF_ONE_START}
     args = parser.parse_args(argv, argparse.Namespace(**saved))         # what is not in argv stays as it is
-    for name in sorted(saved.keys() - MAY_CHANGE):
-        if getattr(args, name) != saved[name]:
-            raise InputError(f"{args.out} was started with --{name.replace('_', '-')} {saved[name]}: leave the option "
-                             "out, or name another --out")
+    for name in sorted(vars(args).keys() - MAY_CHANGE - OF_ONE_START):
+        if getattr(args, name) != (before := saved.get(name, parser.get_default(name))):
+            raise InputError(f"{args.out} was started with --{name.replace('_', '-')} {before}: leave the option out, "
+                             "or name another --out")
     return args, checkpoint
 
 

@@ -31,7 +31,7 @@ import finetune
 import metrics
 import pretrain
 import wav2vec2
-from conformer import BatchNorm, ConformerBlock
+from conformer import BatchNorm, ConformerBlock, DepthwiseConvolution, Dropout
 from datasets import InputError
 from frontend import LogMel, padding_mask, resample
 from metrics import accuracy, areas_under_roc, average_precisions, mean_over_classes
@@ -337,6 +337,42 @@ def test_batch_norm_learns_from_no_padding():
     padding = torch.arange(6) >= torch.tensor([6, 3])[:, None]
     norm(x, padding)
     torch.testing.assert_close(norm.running_mean, 0.1 * x[~padding].mean(0))
+
+
+@pytest.mark.parametrize("way", ["cpu", "cuda", "compiled"])
+def test_each_way_to_convolve_is_the_definition(way, monkeypatch):
+    """To rounding, and so are the gradients."""
+    layer, x = DepthwiseConvolution(6, 7).double(), torch.randn(2, 20, 6, dtype=torch.float64, requires_grad=True)
+    expected = layer.bias.repeat(2, 20, 1)
+    for t in range(20):
+        for k in range(7):
+            if 0 <= t + k - 3 < 20:
+                expected[:, t] += x[:, t + k - 3] * layer.weight[:, 0, k]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: way == "compiled")
+    found = torch.nn.Conv1d.forward(layer, x.mT).mT if way == "cuda" else layer(x)
+    torch.testing.assert_close(found, expected, atol=1e-13, rtol=0)
+    weights, inputs = torch.randn_like(found), [x, *layer.parameters()]
+    for a, b in zip(*(torch.autograd.grad((y * weights).sum(), inputs) for y in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-13, rtol=1e-13)
+
+
+@pytest.mark.parametrize("padding", [None, torch.arange(9) >= torch.tensor([9, 4])[:, None]])
+def test_a_compiled_block_is_one_graph(padding):
+    """In training, with dropout: each break would cost a pass over memory."""
+    block, graphs = ConformerBlock(16, 4, 32, 7, 0.1), []
+    block.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    assert block(torch.randn(2, 9, 16), padding).shape == (2, 9, 16) and len(graphs) == 1
+
+
+def test_dropout_drops_its_share_in_training_only():
+    x = torch.ones(1000, 300, requires_grad=True)
+    y = Dropout(0.1)(x)
+    assert abs((y == 0).float().mean().item() - 0.1) < 0.003
+    torch.testing.assert_close(y[y != 0], torch.full_like(y[y != 0], 1 / 0.9))
+    y.sum().backward()
+    assert torch.equal(x.grad == 0, y == 0) and torch.equal(Dropout(0.1).eval()(x), x)
+    rows = (y == 0).float()                                     # no pattern from one row to the next
+    assert abs(torch.corrcoef(torch.stack([rows[:-1].flatten(), rows[1:].flatten()]))[0, 1]) < 0.01
 
 
 def test_block_drops_in_training_and_not_in_evaluation():
@@ -1489,8 +1525,8 @@ def test_synth_clips_are_what_their_events_say():
     for i in range(150):
         wave, events = datasets.synth_clip(i, "train")
         assert wave.dtype == np.int16 and len(wave) == 80_000 and 1 <= len(events) <= 3
-        assert all(0 <= onset < offset <= 5 for _, onset, offset in events)
-        for kind, _, _ in events:
+        assert all(0 <= onset < offset <= 5 for onset, offset, _ in events)
+        for _, _, kind in events:
             counts[kind] += 1
     assert counts["footsteps"] > 2 * counts["siren"] > 0        # classes are unbalanced
     again, _ = datasets.synth_clip(149, "train")
@@ -1504,7 +1540,7 @@ def test_synth_events_are_where_they_are_said_to_be():
     for i in range(40):
         wave, events = datasets.synth_clip(i)
         inside = np.zeros(len(wave), bool)
-        for _, onset, offset in events:
+        for onset, offset, _ in events:
             inside[int(onset * 16_000):int(offset * 16_000)] = True
         if not inside.all():
             power = wave.astype(float) ** 2
@@ -1518,7 +1554,7 @@ def test_synth_writes_clips_and_their_events(tmp_path, call):
     assert rows[0] == ["filename", "onset", "offset", "event_label"]
     clips = [datasets.synth_clip(i) for i in range(2)]
     assert rows[1:] == [[f"{i}.wav", f"{onset:.2f}", f"{offset:.2f}", name] for i, (_, events) in enumerate(clips)
-                        for name, onset, offset in events]
+                        for onset, offset, name in events]
     assert np.array_equal(soundfile.read(tmp_path / "out" / "1.wav", dtype="int16")[0], clips[1][0])
 
 
@@ -1534,7 +1570,7 @@ def test_synth_is_labelled_with_its_events():
         _, split, i = clip.name.split("/")
         made, events = datasets.synth_clip(int(i), split)
         classes = list(datasets.SOUND_CLASSES)
-        assert np.array_equal(made, waveform) and {classes[c] for c in clip.labels} == {kind for kind, _, _ in events}
+        assert np.array_equal(made, waveform) and {classes[c] for c in clip.labels} == {kind for _, _, kind in events}
 
 
 # ------------------------------------------------------------------------- labelled sets, each in miniature
@@ -1786,10 +1822,10 @@ def test_a_row_for_each_label_is_one_clip(tmp_path):
         load_quietly("esc50", tmp_path / "e")
 
 
-@pytest.mark.parametrize("layout", [("train/dog", "train/cat", "test/dog"), ("fold1/dog", "fold2/dog"), ("Training/x",)])
-def test_folders_of_splits_are_no_classes(tmp_path, layout):
+@pytest.mark.parametrize("dirs", [("train/dog", "train/cat", "test/dog"), ("fold1/dog", "fold2/dog"), ("Training/x",)])
+def test_folders_of_splits_are_no_classes(tmp_path, dirs):
     """They would be told from one another, with a fine accuracy."""
-    for i, name in enumerate(layout):
+    for i, name in enumerate(dirs):
         write_wav(tmp_path / name / f"{i}.wav", frequency=200 + 50 * i)
     with pytest.raises(InputError, match="look like splits, not classes: name the folder above the classes"):
         load_quietly("folder", tmp_path)
@@ -1807,6 +1843,15 @@ def test_a_class_may_be_called_like_a_split_and_classes_are_printed_with_their_c
     load_quietly("folder", tmp_path)
     printed = capsys.readouterr().out
     assert "26 classes: 10 1, 11 1, 8 1, 9 1, dog 3, ..., more16 1, more17 1, more18 1, more19 1, train 5" in printed
+
+
+@pytest.mark.parametrize("groups", [("", "G"), ("G", ""), ("A", "B")])
+def test_copies_are_of_one_group_in_whatever_order(tmp_path, groups):
+    """Also with one that has a group of its own."""
+    table = write_table(tmp_path, *(f"copy1{'.' * n}.wav,a,{n + 1},{group}" for n, group in enumerate(groups)),
+                        columns="file,labels,split,group")
+    with pytest.raises(InputError, match="different splits" if "" in groups else "different groups"):
+        load_quietly("csv", table)
 
 
 def test_columns_of_a_table_that_are_not_used_are_named_and_fold_is_split(tmp_path, capsys):
@@ -1829,7 +1874,7 @@ def test_files_of_no_bytes_are_unreadable_and_copies_stay_together(tmp_path, cap
     splits = dict(zip(data.names, data.splits.tolist(), strict=True))
     assert {splits[f"dog/copy{i}.wav"] for i in range(10)} == {splits["dog/0.wav"]}
     shutil.copy(tmp_path / "dog" / "0.wav", tmp_path / "cat" / "other.wav")
-    with pytest.raises(InputError, match="are the same content with different labels"):
+    with pytest.raises(InputError, match="cat/other.wav, dog/0.wav, dog/copy0.wav are the same content, with differ"):
         load_quietly("folder", tmp_path)
 
 
@@ -2599,10 +2644,8 @@ def test_the_encoder_has_a_learning_rate_of_its_own(tmp_path, esc50, undropped, 
     change = (after["model"][f"encoder.{name}"] - before["model"][name]).abs()
     assert change.max().item() == pytest.approx(1e-4, rel=0.01)
     for data in ("esc10", "folder", "csv"):             # sets with few labels; one's own are taken for such
-        tuned, scratch = parse_finetune("--data", data, "--init", "x"), parse_finetune("--data", data)
-        assert (tuned.encoder_lr, tuned.layer, tuned.head, tuned.augment) == (0.1, "middle", "stats", ["jitter"])
-        assert (scratch.encoder_lr, scratch.layer, scratch.head) == (1, "last", "stats")
-    assert parse_finetune().layer == "last"
+        args = parse_finetune("--data", data)
+        assert (args.encoder_lr, args.layer, args.head, args.augment) == (1, "last", "stats", ["jitter"])
 
 
 @pytest.mark.parametrize("layer, number", [("middle", 1), (2, 2)])
@@ -2821,6 +2864,18 @@ def test_one_bad_recording_does_not_cost_the_others(finetuned, tmp_path, call):
 # ------------------------------------------------------------------------- README and bad input
 
 
+def test_what_the_readme_imports_and_every_option_it_names_is_there():
+    text = (HERE / "README.md").read_text()
+    for module, names in re.findall(r"^from (\w+) import (.*)$", text, re.M):
+        if (HERE / f"{module}.py").exists():
+            assert all(hasattr(sys.modules[module], name) for name in names.split(", ")), (module, names)
+    scripts = "".join((HERE / f"{name}.py").read_text() for name in ("pretrain", "finetune", "datasets"))
+    known = set(re.findall(r'"(--[a-z-]+)"', scripts)) | {f"--{name.replace('_', '-')}" for name in pretrain.SETTINGS}
+    of_others = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--max_restarts", "--rdzv_conf",
+                 "--ipc", "--depth", "--logdir"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*[a-z]", text)) - known <= of_others
+
+
 def test_the_readme_points_at_code_for_all_of_the_paper():
     """Its table names what exists, and leaves no section, equation, table or figure out."""
     rows = re.findall(r"^\| ((?:Sec|Fig)\..*?) \| (.*?) \|$", (HERE / "README.md").read_text(), re.M)
@@ -2868,7 +2923,6 @@ class Evil:
     ("finetune.py", "--data csv --root GOOD --fold 2", "no folds"),
     ("finetune.py", "--data csv --root GOOD --no-test", "--validate"),
     ("finetune.py", "--data csv --root GOOD --loss ce", "--loss ce"),
-    ("finetune.py", "--download", "--download"),
     ("finetune.py", "--predict a.wav --init EMPTY", "0 fine-tuned models"),
     ("finetune.py", "--embed a.wav", "--out"),
     ("finetune.py", "--embed a.wav --out e.npy --tsv e.tsv", "are for --predict"),
@@ -2879,7 +2933,7 @@ class Evil:
     ("finetune.py", "--layer first", "--layer"),
     ("finetune.py", "--data csv --root GOOD --layer 9", "conformer blocks"),
     ("finetune.py", "--embed a.wav --frames --out e.npy --init EMPTY", "npz"),
-    ("finetune.py", "--data esc10 --head frames", "--loss ce"),
+    ("finetune.py", "--data esc10 --loss ce --head frames", "--loss ce"),
     ("finetune.py", "--fraction 1.5", "--fraction"),
     ("finetune.py", "--stages 1 1 1", "--stages"),
     ("datasets.py", "pack nowhere out", "nowhere"),
