@@ -315,7 +315,7 @@ def parse(argv=None):
     add("--seconds", type=in_range(float, 0.1, 3600), help="of longer clips, train on random crops (10; synth, folder, "
         "csv 5, esc10 3)")
     add("--validate", action="store_true", help="hold out validation clips where a set has none: a tenth of the "
-        "training clips, or the next fold. With such clips, the best weights on them, of about twenty tries, are tested")
+        "training clips, or the next fold. With such clips, the weights that do best on them are tested")
     add("--no-test", action="store_true", help="report the last weights' score on the validation clips instead: for "
         "choosing options")
 

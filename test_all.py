@@ -2529,6 +2529,53 @@ def test_soak_compiled_training_is_the_same(pretrained, tmp_path):
     torch.testing.assert_close(gradients(tmp_path / "compiled"), gradients(tmp_path / "eager"), atol=1e-5, rtol=1e-4)
 
 
+def test_processes_that_found_another_checkpoint_or_other_data_are_refused(tmp_path):
+    """Machines that do not share --out: one would train the fold that another tests."""
+    here = ((0, 5), "data")
+    for there, code in ((here, 0), (((1, 0), "data"), 2), ((None, "data"), 2), (((0, 5), "other"), 2)):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+
+        def start(rank, port=port, there=there):
+            os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            torch.distributed.init_process_group("gloo")
+            args = types.SimpleNamespace(out="run", device="cpu")
+            datasets.run_script(lambda: pretrain.agree(args, *(there if rank else here)))
+        assert fork(start, 2) == [code] * 2
+
+
+def test_requirements_are_what_the_modules_import():
+    own = {path.stem for path in HERE.glob("*.py")}
+    lines = [line for path in HERE.glob("*.py") for line in path.read_text().splitlines()]
+    imported = {re.match(r"(?:import|from) (\w+)", line)[1] for line in lines if re.match(r"(?:import|from) \w", line)}
+    listed = {re.match(r"\w+", line)[0] for line in (HERE / "requirements.txt").read_text().splitlines()}
+    assert imported - own - sys.stdlib_module_names == listed
+
+
+def test_folds_are_in_the_order_of_their_numbers():
+    data = labelled_set([(0,), (1,)] * 24, splits=[str(i % 12 + 1) for i in range(48)])
+    jobs = finetune.plan(data, parse_finetune("--fold", "all", "--validate"))
+    assert [fold for _, _, fold, *_ in jobs] == [str(i) for i in range(1, 13)]
+    assert {fold: set(valid.splits) for _, _, fold, _, valid, _ in jobs}["9"] == {"10"}
+
+
+@pytest.mark.parametrize("megabytes, expected", [(0.01, 0), (100, 15)])
+def test_few_large_recordings_are_decoded_by_many_processes(monkeypatch, megabytes, expected):
+    loaders = spy(monkeypatch, torch.utils.data, "DataLoader")
+    monkeypatch.setattr(os.path, "exists", lambda path: True)
+    monkeypatch.setattr(os.path, "getsize", lambda path: int(megabytes * 2**20))
+    monkeypatch.setattr(datasets, "tqdm", lambda *_, **__: ())
+    list(datasets.decode([Path(f"{i}.wav") for i in range(15)], workers=64))
+    (inputs, _), = loaders
+    assert inputs[2] == expected
+
+
+def test_attention_by_cudnn_is_off_wherever_a_gpu_is_used(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    calls = spy(monkeypatch, torch.backends.cuda, "enable_cudnn_sdp")
+    assert datasets.find_device().type == "cuda" and calls[0][0] == (False,)
+
+
 def test_compiled_blocks_are_evaluated_eagerly():
     """Clips come in many shapes, each of which would be compiled anew, up to a limit that is passed in silence."""
     model, compiled = finetune.Classifier(Wav2Vec2("tiny", **SMALL), 1), []
@@ -2930,6 +2977,7 @@ class Evil:
     ("finetune.py", "--tsv e.tsv", "--tsv and --plot are for"),
     ("finetune.py", "--predict a.wav --embed b.wav --out e.npy", "not allowed with"),
     ("finetune.py", "--predict a.wav --frames", "--frames is for"),
+    ("finetune.py", "--predict a.wav --init GOOD --out GOOD", "--predict prints"),
     ("finetune.py", "--layer first", "--layer"),
     ("finetune.py", "--data csv --root GOOD --layer 9", "conformer blocks"),
     ("finetune.py", "--embed a.wav --frames --out e.npy --init EMPTY", "npz"),
