@@ -161,6 +161,10 @@ class Conformer(nn.Module):
 
 # ------------------------------------------------------------------------------ what only makes it faster
 
+# On Hopper, torch 2.11 and later prefer cuDNN's attention, which rounds the share that dropout drops (pytorch#174245)
+# and plans anew for every shape.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 
 class Dropout(nn.Dropout):
     """nn.Dropout, with its random numbers drawn four at a time on a CPU.

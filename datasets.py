@@ -1138,17 +1138,13 @@ def cores():
 
 
 def find_device(name=None, world=1):
-    """The device of this name, or the best there is; of several GPUs, the one of this process, with cuDNN's attention
-    switched off. Raises InputError where there is none, or not for `world` processes."""
+    """The device of this name, or the best there is; of several GPUs, the one of this process. Raises InputError where
+    there is none, or not for `world` processes."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available() and world == 1
     name = name or ("cuda" if cuda else "mps" if mps else "cpu")
     if not {"cuda": cuda, "mps": mps, "cpu": True}[name]:
         raise InputError(f"--device {name}: this torch has none" + ", or not for several processes" * (world > 1)
                          + "; leave --device out")
-    if name == "cuda":
-        # On Hopper, torch 2.11 and later prefer cuDNN's attention, which rounds the share that dropout drops
-        # (pytorch#174245) and plans anew for every shape.
-        torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
 
 

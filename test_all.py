@@ -2570,10 +2570,8 @@ def test_few_large_recordings_are_decoded_by_many_processes(monkeypatch, megabyt
     assert inputs[2] == expected
 
 
-def test_attention_by_cudnn_is_off_wherever_a_gpu_is_used(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    calls = spy(monkeypatch, torch.backends.cuda, "enable_cudnn_sdp")
-    assert datasets.find_device().type == "cuda" and calls[0][0] == (False,)
+def test_attention_by_cudnn_is_off_wherever_there_is_a_model():
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_compiled_blocks_are_evaluated_eagerly():
