@@ -99,7 +99,7 @@ def open_audio(path):
         try:
             content = stack.enter_context(open(path, "rb"))
             file = stack.enter_context(soundfile.SoundFile(content))
-            if file.frames == 0 and file.format == "WAV":       # its recorder stopped before it wrote the length
+            if file.frames == 0 and file.format in ("WAV", "WAVEX"):        # its recorder never wrote the length
                 patched = stack.enter_context(mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_COPY))
                 patched[4:8] = bytes([8, 0, 0, 0])              # a sign for that which libsndfile knows
                 content, file = patched, stack.enter_context(soundfile.SoundFile(patched))
@@ -107,18 +107,27 @@ def open_audio(path):
             for promise, there in PROMISED.findall(file.extra_info):
                 if int(promise) < UNKNOWN:
                     promised = file.frames * int(promise) // max(int(there), 1)
-            if file.subtype.startswith("MPEG_LAYER"):
-                other_content = stack.enter_context(open(path, "rb"))
-                other = stack.enter_context(soundfile.SoundFile(Endless(other_content)))
-                if other.frames != file.frames:                 # the length was a guess
-                    content, file, promised = other_content, other, None
+            if file.subtype.startswith("MPEG_LAYER") and not tells_length(path):
+                content, promised = stack.enter_context(open(path, "rb")), None
+                file = stack.enter_context(soundfile.SoundFile(Endless(content)))
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}") from None
         except soundfile.LibsndfileError as error:
             raise InputError(f"{path}: not readable as audio ({error.error_string})") from None
         if not 1000 <= file.samplerate <= 768_000:
             raise InputError(f"{path}: a sample rate of {file.samplerate} Hz can't be right")
+        if file.format == "W64" and "PCM" in file.subtype and re.search("IEEE float|[au]-?law", file.extra_info):
+            raise InputError(f"{path}: libsndfile takes its samples for whole numbers; make a .wav of it by ffmpeg")
         yield file, content, promised
+
+
+def tells_length(path):
+    """Whether an MP3, perhaps with a tag before it or in a WAV, begins with a frame that tells how many follow."""
+    with open(path, "rb") as file:
+        head = file.read(10)
+        file.seek(10 + (head[6] << 21 | head[7] << 14 | head[8] << 7 | head[9]) if head[:3] == b"ID3" else 0)
+        start = file.read(4096)
+    return any(name in start for name in (b"Xing", b"Info", b"VBRI"))
 
 
 def decode_blocks(path, seconds, notes):
@@ -138,22 +147,28 @@ def decode_blocks(path, seconds, notes):
             yield block[:count].mean(axis=1, dtype=np.float64).astype(np.float32), rate
         if samples == 0:
             raise InputError(f"{path}: no sound in it ({damage or '0 samples'})")
-        size, position = os.path.getsize(path), content.tell()
         if promised and promised - samples > max(promised / 100, rate / 10):
             notes.append(f"ends after {samples / rate:.1f} of {promised / rate:.1f} s")
-        elif size - position > max(size / 10, 10_000):
-            notes.append(f"ends after {samples / rate:.1f} s, {position / size:.0%} of the file: more is in it")
-        elif file.format == "OGG" and not ends_properly(content, size):
-            notes.append(f"ends after {samples / rate:.1f} s without an end mark")
+        elif rest := what_is_left(content, os.path.getsize(path), file.format):
+            notes.append(f"ends after {samples / rate:.1f} s, {rest}")
 
 
-def ends_properly(content, size):
-    """Whether the last page of an open Ogg file is whole and marked as the end (RFC 3533: at most 65,307 bytes)."""
-    content.seek(max(size - 65_307, 0))
-    tail = content.read()
-    page = tail[tail.rfind(b"OggS"):]
-    segments = page[27:27 + page[26]] if len(page) > 26 else b""
-    return 27 < 27 + len(segments) + sum(segments) <= len(page) and bool(page[5] & 4)
+def what_is_left(content, size, kind):
+    """What an open file of that size holds behind the sound that was read, or lacks: words, or "" if all is well."""
+    position = content.tell()
+    if kind == "OGG":           # a chain of pages (RFC 3533), each with 27 bytes and the sizes of its segments first
+        content.seek(0)
+        pages = content.read()
+        page = pages[pages.rfind(b"OggS"):]
+        sizes = page[27:27 + page[26]] if len(page) > 26 else b""
+        if pages.count(b"OggS\0\2") > 1:
+            return "its first part: more is in the file"
+        whole = sizes and page[5] & 4 and len(page) >= 27 + len(sizes) + sum(sizes)
+        return "" if whole else "without an end mark"
+    following = content.read(4)
+    if size - position < max(size / 10, 10_000) or re.fullmatch(rb"[\w ]{4}", following):
+        return ""               # little, or a chunk that is no sound
+    return f"{position / size:.0%} of the file: more is in it"
 
 
 def read_blocks(path, seconds=60, notes=None):
@@ -594,7 +609,8 @@ def read_table(path, columns, delimiter=",", optional=None):
         reader = csv.DictReader(file, delimiter=delimiter)
         names = reader.fieldnames or []
         if missing := [name for name in columns if name not in names]:
-            raise InputError(f"{path}: no column {', '.join(missing)}; it has {', '.join(names or ['none'])}")
+            raise InputError(f"{path}: no column {', '.join(missing)}; it has {', '.join(names or ['none'])}, "
+                             f"separated by {'tabs' if delimiter != ',' else 'commas'}")
         rows = list(reader)
     for number, row in enumerate(rows, 2):
         if None in row or None in row.values():
@@ -693,21 +709,24 @@ def kinetics700(index):
     return clips, None
 
 
-SPLIT_NAME = re.compile(r"(train|test|val|valid|validation|eval|evaluation|dev)(ing|_?set|_?data)?|fold[ _-]?\d+", re.I)
+SPLITS_OF_OTHERS = {"train", "training", "test", "testing", "val", "valid", "validation", "eval", "evaluation", "dev",
+                    "development", "holdout", "fold"}
 
 
 def folder(index):
     """Your own sounds: a sub-folder a class."""
     root = Path(index.root)
-    clips = [Clip(str(path.relative_to(root)), (path.relative_to(root).parts[0],), "", path)
-             for path in audio_files(root) if path.parent != root]
-    classes = {clip.labels[0] for clip in clips}
+    files = [path.relative_to(root) for path in audio_files(root)]
+    clips = [Clip(str(path), (path.parts[0],), "", root / path) for path in files if len(path.parts) > 1]
+    classes = {clip.labels[0]: set(re.findall("[a-z]+", clip.labels[0].lower())) for clip in clips}
     if not clips:
         raise InputError(f"{root}: no sub-folders with recordings, one a class, in it")
-    splits = sorted(filter(SPLIT_NAME.fullmatch, classes))
-    if len(splits) > 1 or set(splits) == classes:
-        raise InputError(f"{root}: its folders {', '.join(splits[:3])} look like splits, not classes: name the folder "
-                         "above the classes, or write a table with a column split (--data csv)")
+    exact = [name for name, words in classes.items() if words and words <= SPLITS_OF_OTHERS]
+    if len(exact) > 1 or all(words & SPLITS_OF_OTHERS for words in classes.values()):
+        raise InputError(f"{root}: its folders {', '.join(sorted(classes)[:3])} look like splits, not classes: name "
+                         "the folder above the classes, or write a table with a column split (--data csv)")
+    if len(files) > len(clips):
+        say(f"{root}: {len(files) - len(clips)} recordings outside of its sub-folders are not used")
     return clips, None
 
 
@@ -717,13 +736,24 @@ def own_table(index):
     path, clips = Path(index.root), []
     for row in read_table(path, ("file", "labels"), optional=("split", "fold", "group")):
         recording, labels = path.parent / row["file"], [name.strip() for name in row["labels"].split(";")]
-        clips.append(Clip(row["file"], tuple(filter(None, labels)), (row.get("split", row.get("fold")) or "").strip(),
-                          recording if recording.is_file() else None, (row.get("group") or "").strip()))
+        split = (row.get("split") or row.get("fold") or "").strip().lower()
+        split = str(int(split)) if split.isdecimal() else {"val": "valid", "validation": "valid"}.get(split, split)
+        clips.append(Clip(row["file"], tuple(filter(None, labels)), split, recording if recording.is_file() else None,
+                          (row.get("group") or "").strip()))
     splits = {clip.split for clip in clips}
-    if not (splits <= {""} or splits <= {"train", "valid", "test"} or all(split.isdigit() for split in splits)):
+    if not (splits <= {""} or splits <= {"train", "valid", "test"} or all(split.isdecimal() for split in splits)):
         raise InputError(f"{path}: split must be train, valid or test, or the number of a fold, in all "
                          f"lines, not {', '.join(sorted(splits))}")
     return clips, None
+
+
+def is_audio(path):
+    """Whether a file opens as a recording that is not empty."""
+    try:
+        with open_audio(path) as (file, _, _):
+            return file.frames > 0
+    except InputError:
+        return False
 
 
 def group_copies(clips):
@@ -732,7 +762,7 @@ def group_copies(clips):
     sizes, copies = collections.Counter(os.path.getsize(clip.path) for clip in clips), collections.defaultdict(list)
     for n, clip in enumerate(clips):
         size = os.path.getsize(clip.path)
-        if size and sizes[size] > 1 and os.access(clip.path, os.R_OK):         # what can't be read is left out later
+        if sizes[size] > 1 and is_audio(clip.path):             # what can't be read is left out later
             copies[hashlib.sha256(clip.path.read_bytes()).hexdigest()].append(n)
     for digest, numbers in copies.items():
         groups = {clips[n].group for n in numbers} - {""}
@@ -900,11 +930,16 @@ def read_tables(data, root):
     named, classes = reader(index)
     classes = classes or sorted({label for clip in named for label in clip.labels})
     number = {name: c for c, name in enumerate(classes)}
-    clips = [clip._replace(labels=tuple(number[label] for label in clip.labels)) for clip in named if clip.path]
+    clips = [clip._replace(labels=tuple(number[label] for label in clip.labels)) for clip in named
+             if clip.path and os.path.exists(clip.path)]            # it may be a link to nowhere
     if not clips:
         raise InputError(f"{root}: none of the {len(named)} recordings of {data} is there, such as {named[0].name}"
                          + f" (looked for {', '.join(index.tried)}, with any ending of audio)" * bool(index.tried)
                          if named else f"{root}: its tables name no clips")
+    if not classes:
+        raise InputError(f"{root}: its clips have no labels")
+    there = {clip.name for clip in clips}
+    say_some("missing", [clip.name for clip in named if clip.name not in there], ", ")
     missing = len(named) - len(clips)
     if data in ("folder", "csv"):
         clips = group_copies(clips)
@@ -924,7 +959,8 @@ def load_labelled(data, root=None, workers=None):
     skipped = []
     if data == "synth":
         (clips, waveforms), header = synth(), dict(classes=list(SOUND_CLASSES), metric="mAP", missing=0)
-    elif root is not None and any((Path(root) / name).exists() for name in ("index.jsonl", "index.npy")):
+    elif root is not None and any(
+            (Path(root) / name).exists() for name in ("audio.int16", "index.npy")):
         waveforms = Pack(root)
         clips, header, skipped = waveforms.clips, waveforms.header, waveforms.skipped
         if header.get("data") != data:
@@ -949,7 +985,8 @@ def load_labelled(data, root=None, workers=None):
             raise InputError(f"{root}: none of the {len(named)} recordings can be read: {skipped[0]}, ...")
     result = ClipSet(clips, waveforms, header["classes"], header["metric"])
     hours = result.lengths.sum() / SAMPLE_RATE / 3600
-    say(f"{data}: {len(result)} clips, {hours:.2f} hours; {header['missing']} missing, {len(skipped)} unreadable")
+    say(f"{data}: {len(result)} clips, {hours:.2f} hours; {header['missing']} missing, {len(skipped)} unreadable; "
+        f"scored by {result.metric}")
     say_some(f"{len(result.classes)} classes", [f"{name} {len(own)}" for name, own in
                                                 zip(result.classes, result.clips_by_class(), strict=True)], ", ")
     say_some("unreadable", skipped)

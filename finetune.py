@@ -37,10 +37,11 @@ from tqdm import tqdm
 
 import augment
 import metrics
+from conformer import BatchNorm
 from datasets import (READERS, Bar, InputError, Parser, batches, claim, collate, derive_seed, file_path, find_device,
                       in_range, load_labelled, open_audio, rank, read_blocks, reading, run_script, say, to_int16,
                       world_size, write_events, write_whole)
-from frontend import HOP, MELS, SAMPLE_RATE, LogMel, frame_count, mean_and_variance, padding_mask
+from frontend import HOP, MELS, SAMPLE_RATE, LogMel, frame_count, padding_mask
 from pretrain import (MAX_CONSECUTIVE_SKIPS, SIGNALS, add_running_options, agree, all_reduce, autocast, compile_blocks,
                       fetch, finish, init_distributed, load_checkpoint, load_encoder, load_weights, resume,
                       save_checkpoint)
@@ -79,16 +80,25 @@ def stats_over_time(x, padding_mask=None):
 POOLINGS = dict(mean=(mean_over_time, 1), stats=(stats_over_time, 2))
 
 
-class Standardise(nn.Module):
-    """Each component to mean 0 and variance 1, as measured once over training clips. (..., D) -> (..., D)."""
+class Standardise(BatchNorm):
+    """Each component to mean 0 and variance 1 over a batch's steps that are not padding, those of all processes: one
+    alone may have very few. (B, L, D), padding_mask (B, L) or None -> (B, L, D)."""
 
     def __init__(self, dim):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("std", torch.ones(dim))
+        super().__init__(dim, affine=False)
 
-    def forward(self, x):
-        return (x - self.mean) / self.std
+    def forward(self, x, padding_mask=None):
+        if not self.training or world_size() == 1:
+            return super().forward(x, padding_mask)
+        valid = x.flatten(0, 1) if padding_mask is None else x[~padding_mask]       # (N, D)
+        add = torch.distributed.nn.all_reduce                                       # which has a gradient
+        count = add(valid.new_tensor(len(valid)))
+        mean = add(valid.sum(0)) / count
+        variance = add((valid - mean).square().sum(0)) / count
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        return (x - mean) * torch.rsqrt(variance + self.eps)
 
 
 def block_number(encoder, layer):
@@ -108,7 +118,8 @@ class Classifier(nn.Module):
     head "frames" is AudioSet's: a linear layer at each step, then linear softmax pooling. head "mean" is that of
     all other tasks: embeddings averaged over time, then a linear layer. head "stats", not the paper's, sees their
     standard deviation over time too (Snyder et al. 2017), which with few labels is worth much. With `freeze` the
-    encoder stays as it is. Then, and for "stats", the linear layer gets its input standardised (`fit_standardise`).
+    encoder stays as it is. Then, and for "stats", the linear layer gets its input standardised, as in MAE's linear
+    probe (He et al. 2022).
     """
 
     def __init__(self, encoder, classes, head="mean", dropout=0.1, freeze=False, layer="last"):
@@ -123,7 +134,7 @@ class Classifier(nn.Module):
         self.layer = block_number(encoder, layer)
         encoder.conformer.blocks[self.layer:].requires_grad_(False)
         dim = encoder.settings["dim"] * (1 if head == "frames" else POOLINGS[head][1])
-        self.standardise = Standardise(dim) if freeze or head == "stats" else nn.Identity()
+        self.standardise = Standardise(dim) if freeze or head == "stats" else None
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(dim, classes)
 
@@ -134,29 +145,20 @@ class Classifier(nn.Module):
             self.encoder.eval()
         return self
 
-    def frame_logits(self, x):
-        """Embeddings (..., D) -> logits (..., C), float32: in bf16 many would tie."""
+    def frame_logits(self, x, padding_mask=None):
+        """Embeddings (B, L, D), padding_mask (B, L) or None -> logits (B, L, C), float32: in bf16 many would tie."""
         with torch.autocast(x.device.type, enabled=False):
-            return self.linear(self.dropout(self.standardise(x.float())))
-
-    def summary(self, x, padding_mask=None):
-        """What the linear layer sees of clips: for "frames" their embeddings (B, L, D), else these pooled, (B, D) or
-        for "stats" (B, 2 D)."""
-        return x if self.head == "frames" else POOLINGS[self.head][0](x.float(), padding_mask)
+            x = x.float()
+            if self.standardise is not None:
+                x = self.standardise(x, padding_mask)
+            return self.linear(self.dropout(x))
 
     def clip_logits(self, x, padding_mask=None):
         """The head: embeddings (B, L, D) and their padding mask (B, L) or None -> logits (B, C)."""
-        logits = self.frame_logits(self.summary(x, padding_mask))
-        return linear_softmax(logits, padding_mask) if self.head == "frames" else logits
-
-    @torch.no_grad()
-    def fit_standardise(self, log_mels):
-        """Measure mean and deviation of what the linear layer sees, from clips (1, T, 64), as the encoder is now."""
-        self.eval()
-        mean, variance = mean_and_variance(
-            self.summary(*self.encoder.encode(log_mel, layer=self.layer)).flatten(0, -2) for log_mel in log_mels)
-        self.standardise.mean.copy_(mean)
-        self.standardise.std.copy_(variance.clamp(min=1e-8).sqrt())
+        if self.head == "frames":
+            return linear_softmax(self.frame_logits(x, padding_mask), padding_mask)
+        pooling, _ = POOLINGS[self.head]
+        return self.frame_logits(pooling(x.float(), padding_mask)[:, None])[:, 0]           # a clip as a single step
 
     def forward(self, log_mel, padding_mask=None):
         """log_mel (B, T, 64), padding_mask (B, T) or None -> logits (B, C), float32."""
@@ -302,6 +304,9 @@ def plan(data, args):
     """
     if args.loss == "ce" and any(len(own) != 1 for own in data.labels):
         raise InputError(f"--loss ce is for one label a clip; in {args.data} some have more or none: use bce")
+    if data.metric == "accuracy" and len(data.classes) < 2:
+        raise InputError(f"{args.data} has one class only, nothing to tell it from; is --root the folder above the "
+                         "classes?")
     if args.no_test and not args.validate and not (data.splits == "valid").any():
         raise InputError("--no-test needs validation clips: give --validate too")
     folds = set(data.splits.tolist())
@@ -353,24 +358,17 @@ def split(data, folds, fold, fraction, args):
 def build(args, training, init, device):
     """A new classifier, and the frontend: from the pre-training checkpoint `init` or, if it is None, from scratch."""
     torch.manual_seed(args.seed)
-
-    def some_clips():
-        for i in np.linspace(0, len(training) - 1, min(len(training), 512)).astype(int):
-            yield torch.from_numpy(np.array(training.waveform(i)))[None]
-
     if init:
         encoder, frontend = load_encoder(init)
         load_weights(init, encoder, frontend)
     else:
         encoder, frontend = Wav2Vec2(args.size or "tiny"), LogMel()
-        frontend.fit_normalization((waveform, torch.tensor([waveform.shape[1]])) for waveform in some_clips())
-    model = Classifier(encoder, len(training.classes), args.head, args.head_dropout, args.freeze, args.layer).to(device)
-    frontend = frontend.to(device)
-    if isinstance(model.standardise, Standardise):
-        model.fit_standardise(frontend(waveform.to(device)) for waveform in some_clips())
+        some = np.linspace(0, len(training) - 1, min(len(training), 512)).astype(int)
+        frontend.fit_normalization(collate([(training.waveform(i), 0)])[:2] for i in some)
+    model = Classifier(encoder, len(training.classes), args.head, args.head_dropout, args.freeze, args.layer)
     if args.compile:
         compile_blocks(encoder)
-    return model.train(), frontend      # `train` also keeps a frozen encoder in evaluation mode
+    return model.to(device).train(), frontend.to(device)        # `train` also keeps a frozen encoder in evaluation mode
 
 
 def train(model, frontend, training, valid, args, label, save, state):
@@ -623,7 +621,7 @@ def predict(path, model, frontend, classes, threshold=0.5, notes=None):
     log_mel, x = encode_recording(path, model, frontend, notes=notes)
     probabilities, events = model.probabilities(model.clip_logits(x[None]))[0], None
     if model.head == "frames":
-        heard = model.frame_logits(x).sigmoid() > threshold                                 # (L, C)
+        heard = model.frame_logits(x[None])[0].sigmoid() > threshold                        # (L, C)
         changes = F.pad(heard.int(), (0, 0, 1, 1)).diff(dim=0).T                            # (C, L + 1)
         onsets, offsets = ((changes == sign).nonzero().tolist() for sign in (1, -1))
         step, end = model.encoder.settings["stack"] * HOP / SAMPLE_RATE, len(log_mel) * HOP / SAMPLE_RATE
@@ -810,6 +808,9 @@ def parse(argv=None):
             (abs(sum(args.stages) - 1) > 1e-3, f"--stages {args.stages} must be three shares that sum to 1"),
             (args.loss == "ce" and args.head == "frames",
              "--loss ce is for --head mean or stats: it leaves frame probabilities without a scale"),
+            ((args.freeze or args.head == "stats") and 1 in (args.batch_size, args.micro_batch),
+             "--freeze and --head stats standardise over a batch, which needs two clips at least: raise --batch-size "
+             "or --micro-batch, or use --head mean without --freeze"),
             (args.size and args.init, "--size is for training from scratch: with --init it is that of the run"),
             (len({f"{x:g}" for x in args.fraction}) < len(args.fraction), "--fraction: one is there twice")):
         if wrong:
