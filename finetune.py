@@ -399,7 +399,7 @@ def train(model, frontend, training, valid, args, label, save, state):
         versions, padding = augment_batch(waveform.to(device, non_blocking=True), lengths, frontend, args, generator)
         target = torch.from_numpy(training.targets(numbers)).to(device)
         loss = add_gradients(wrapped, versions, padding, target, args)
-        sums = all_reduce(dict(loss=loss / world_size(), signals=loss.new_tensor(len(SIGNALS))))
+        sums = all_reduce(dict(loss=loss / world_size(), signals=torch.full_like(loss, len(SIGNALS))))
         figures = fetch(dict(sums, norm=torch.nn.utils.clip_grad_norm_(parameters, 1.0)))       # as in pre-training
         finite = all(map(math.isfinite, figures.values()))
         if finite:

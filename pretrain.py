@@ -116,7 +116,7 @@ def main():
                 result = wrapped(log_mel, padding_mask(lengths[part], log_mel), rand[part])
             (result.loss * result.sums["counted"]).backward()                           # the sum over masked steps
             sums.update(result.sums)
-        sums["signals"] = torch.tensor(float(len(SIGNALS)), device=device)              # so that all processes stop
+        sums["signals"] = torch.full((), float(len(SIGNALS)), device=device)            # so that all processes stop
         sums = all_reduce(sums)
         # From the sum over masked steps to the mean; DDP has divided by the number of processes.
         torch._foreach_mul_([p.grad for p in parameters], world / sums["counted"].clamp(min=1))

@@ -1879,6 +1879,44 @@ def test_copies_are_of_one_group_in_whatever_order(tmp_path, groups):
         load_quietly("csv", table)
 
 
+def test_links_to_nowhere_are_missing_and_junk_of_equal_content_is_unreadable(tmp_path, capsys):
+    for i in range(10):
+        write_wav(tmp_path / "ab"[i % 2] / f"{i}.wav", 0.3, frequency=200 + 50 * i)
+    (tmp_path / "a" / "link.wav").symlink_to(tmp_path / "nowhere.wav")
+    for name in ("a/x.mp3", "b/x.mp3"):                         # a page that says that the file was not found
+        (tmp_path / name).write_text("<html>404</html>")
+    assert len(load_quietly("folder", tmp_path)) == 10
+    printed = capsys.readouterr().out
+    assert "1 missing, 2 unreadable" in printed and "missing: a/link.wav" in printed
+
+
+@pytest.mark.parametrize("columns, rows, splits", [
+    ("file,labels,split", ["1.wav,a,Train", "2.wav,b,val", "3.wav,a,TEST"], ["train", "valid", "test"]),
+    ("file,labels,split,fold", ["1.wav,a,,01", "2.wav,b,,1", "3.wav,a,,2"], ["1", "1", "2"])])
+def test_splits_may_be_written_in_other_ways(tmp_path, columns, rows, splits):
+    assert load_quietly("csv", write_table(tmp_path, *rows, columns=columns)).splits.tolist() == splits
+
+
+@pytest.mark.parametrize("rows, message", [
+    (["1.wav,,train", "2.wav,,test"], "its clips have no labels"),
+    (["1.wav,a,train", "2.wav,a,test"], "one class only"),
+    (["1.wav,a,²", "2.wav,b,1"], "split must be train")])
+def test_tables_of_which_nothing_can_be_learned_are_refused(tmp_path, call, rows, message):
+    table = write_table(tmp_path, *rows)
+    assert message in call("finetune.py", "--data", "csv", "--root", table, "--out", tmp_path / "run", code=2)
+    table.write_text(table.read_text().replace(",", ";"))
+    with pytest.raises(InputError, match="it has file;labels;split, separated by commas"):
+        load_quietly("csv", table)
+
+
+def test_reading_a_usual_mp3_prints_nothing(tmp_path, capfd):
+    """libmpg123 warns where a file is not as long as its Xing frame says."""
+    encoded(tmp_path, "mp3")
+    capfd.readouterr()
+    assert len(datasets.read_audio(tmp_path / "original.mp3")) == 80_000
+    assert capfd.readouterr() == ("", "")
+
+
 def test_columns_of_a_table_that_are_not_used_are_named_and_fold_is_split(tmp_path, capsys):
     rows = [f"{i}.wav,ab,{i % 3 + 1},me,{i}" for i in range(6)]
     data = load_quietly("csv", write_table(tmp_path, *rows, columns="file,labels,fold,recordist,take"))
