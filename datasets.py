@@ -1182,7 +1182,10 @@ def find_device(name=None, world=1):
     if not {"cuda": cuda, "mps": mps, "cpu": True}[name]:
         raise InputError(f"--device {name}: this torch has none" + ", or not for several processes" * (world > 1)
                          + "; leave --device out")
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+    number = int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None
+    if number and number >= torch.cuda.device_count():
+        raise InputError(f"there are only {torch.cuda.device_count()} GPUs here: lower torchrun's --nproc_per_node")
+    return torch.device(name, number)
 
 
 @contextlib.contextmanager

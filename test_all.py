@@ -2633,6 +2633,16 @@ def test_few_large_recordings_are_decoded_by_many_processes(monkeypatch, megabyt
     assert inputs[2] == expected
 
 
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert datasets.find_device(world=2) == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(InputError, match="only 2 GPUs here"):
+        datasets.find_device(world=3)
+
+
 def test_attention_by_cudnn_is_off_wherever_there_is_a_model():
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
