@@ -5,6 +5,7 @@ temporary folders: as a user runs them where processes, signals and kills matter
 """
 import contextlib
 import importlib.util
+import inspect
 import json
 import math
 import multiprocessing
@@ -1572,6 +1573,16 @@ def test_synth_events_are_where_they_are_said_to_be():
     assert np.mean(ratios) > 0.5
 
 
+@pytest.mark.parametrize("index, level, centre", [          # in which all ten kinds of sound occur
+    (0, 991.3, 1708.5), (1, 121.0, 1093.9), (2, 239.1, 323.4), (3, 1607.3, 1415.3), (12, 1529.4, 4450.0)])
+def test_synth_sounds_as_it_did_when_it_was_measured(index, level, centre):
+    """Mean magnitude, and the centre of the spectrum in Hz: else the README's figures would mean other sounds."""
+    waveform = datasets.synth_clip(index)[0].astype(float)
+    power = np.abs(np.fft.rfft(waveform)) ** 2
+    assert np.abs(waveform).mean() == pytest.approx(level, rel=1e-3)
+    assert np.average(np.arange(len(power)) / 5, weights=power) == pytest.approx(centre, rel=1e-3)
+
+
 def test_synth_writes_clips_and_their_events(tmp_path, call):
     call("datasets.py", "synth", tmp_path / "out", "--clips", 2)
     rows = [line.split("\t") for line in (tmp_path / "out" / "events.tsv").read_text().splitlines()]
@@ -1785,6 +1796,7 @@ def test_labels_of_the_data_sets(tmp_path):
     assert [splits[folder] for folder in "0bcdf"] == ["train", "train", "valid", "test", "test"]
     clips, classes = datasets.magnatagatune(datasets.FileIndex(tmp_path / "m"), top=1)
     assert classes == ["no voice"] and len(clips) == 8          # of odd folders but 3, and one in c
+    assert inspect.signature(datasets.magnatagatune).parameters["top"].default == 50       # Sec. 3.2
     mini_kinetics700(tmp_path / "k")
     data = load_quietly("kinetics700", tmp_path / "k")
     own = dict(zip(data.names, data.labels, strict=True))
@@ -2852,6 +2864,8 @@ def test_predict_says_what_the_model_says(finetuned, tmp_path, call):
     sounds = [tmp_path / name for name in ("short.wav", "middle.flac", "long.mp3")]
     printed = call("finetune.py", "--predict", *sounds, "--init", finetuned, "--json", "--threshold", 0.3)
     short, middle, long = map(json.loads, printed.splitlines())
+    for line in (short, middle, long):                          # the most probable first
+        assert list(line["probabilities"].values()) == sorted(line["probabilities"].values(), reverse=True)
     model, frontend, classes = finetune.load_run(finetuned)
     with torch.no_grad():
         wave = torch.from_numpy(datasets.read_audio(sounds[1]))
