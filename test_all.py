@@ -2984,6 +2984,15 @@ def test_a_run_has_the_hear_interface(run, request, tmp_path):
                                rtol=1e-3)
 
 
+def test_a_cut_recording_is_used_and_said(finetuned, tmp_path, monkeypatch, capsys):
+    write_wav(tmp_path / "a.wav", 5)
+    (tmp_path / "a.wav").write_bytes((tmp_path / "a.wav").read_bytes()[:44 + 2 * 51_200])
+    for options in (["--predict", tmp_path / "a.wav"], ["--embed", tmp_path / "a.wav", "--out", tmp_path / "e.npy"]):
+        monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, options), "--init", str(finetuned)])
+        datasets.run_script(finetune.main)
+        assert f"{tmp_path / 'a.wav'}: ends after 3.2 of 5.0 s" in capsys.readouterr().err
+
+
 def test_one_bad_recording_does_not_cost_the_others(finetuned, tmp_path, call):
     write_wav(tmp_path / "good.wav")
     (tmp_path / "bad.wav").write_text("no audio")
