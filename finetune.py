@@ -102,8 +102,8 @@ class Standardise(BatchNorm):
 
 
 def block_number(encoder, layer):
-    """The number of a block, from 1 on: of "last", or of "middle", whose embeddings did best on ESC-10 (README).
-    Raises InputError where there are fewer."""
+    """The number of a block, from 1 on: of "last", or of "middle", which --embed and HEAR read. Raises InputError where
+    there are fewer."""
     blocks = encoder.settings["blocks"]
     number = {"middle": (blocks + 1) // 2, "last": blocks}.get(layer, layer)
     if number > blocks:
@@ -411,7 +411,8 @@ def train(model, frontend, training, valid, args, label, save, state):
                              f"with {', '.join(training.names[n] for n in numbers[:3])}, ...: lower --lr")
 
         done, stopping = update + 1, figures["signals"] > 0
-        bar.show(done, f"loss {figures['loss']:.3f}" + (f" best {scores['best']:.3f}" if scores["best"] else ""))
+        best = "" if scores["best"] is None else f" best {scores['best']:.3f}"
+        bar.show(done, f"loss {figures['loss']:.3f}{best}")
         if len(valid) and (done == args.updates or done % validate_every == 0):
             scores["last"], _ = evaluate(model, frontend, valid, args)
             if scores["best"] is None or scores["last"] > scores["best"]:

@@ -1345,7 +1345,7 @@ def test_files_of_others_are_not_overwritten(tmp_path, call):
     assert "other files" in call("datasets.py", "pack", tmp_path / "in", tmp_path / "mine", code=2)
     assert "exists already" in call("datasets.py", "synth", tmp_path / "mine", code=2)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
-    (tmp_path / "in" / "labels.json").write_text("[]")          # a raw folder with such a file is a raw folder
+    (tmp_path / "in" / "index.jsonl").write_text("[]")          # a raw folder with such a file is a raw folder
     write_wav(tmp_path / "in" / "b" / "b.wav")
     assert len(load_quietly("folder", tmp_path / "in")) == 1
 
