@@ -32,7 +32,7 @@ import finetune
 import metrics
 import pretrain
 import wav2vec2
-from conformer import BatchNorm, ConformerBlock, DepthwiseConvolution, Dropout
+from conformer import BatchNorm, ConformerBlock, DepthwiseConvolution, Dropout, SelfAttention
 from datasets import InputError
 from frontend import LogMel, padding_mask, resample
 from metrics import accuracy, areas_under_roc, average_precisions, mean_over_classes
@@ -365,6 +365,20 @@ def test_a_compiled_block_is_one_graph(padding):
     assert block(torch.randn(2, 9, 16), padding).shape == (2, 9, 16) and len(graphs) == 1
 
 
+@pytest.mark.parametrize("padding", [None, torch.arange(9) >= torch.tensor([9, 4])[:, None]])
+def test_attention_in_training_is_that_of_evaluation_with_weights_dropped(padding):
+    """On a CPU, training has code of its own."""
+    attention, x, dropped = SelfAttention(16, 4, 1e-9), torch.randn(2, 9, 16), []
+    valid = slice(None) if padding is None else ~padding
+    torch.testing.assert_close(attention.train()(x, padding)[valid], attention.eval()(x, padding)[valid])
+    attention.dropout = Dropout(0.5)
+    attention.dropout.register_forward_hook(lambda module, inputs, output: dropped.append((inputs[0], output)))
+    attention.train()(x, padding)
+    weights, kept = dropped[0]
+    torch.testing.assert_close(weights.sum(3), torch.ones(2, 4, 9))
+    assert (weights[1, :, :, 4:] == 0).all() == (padding is not None) and 0.3 < (kept[0] == 0).float().mean() < 0.7
+
+
 def test_dropout_drops_its_share_in_training_only():
     x = torch.ones(1000, 300, requires_grad=True)
     y = Dropout(0.1)(x)
@@ -377,13 +391,13 @@ def test_dropout_drops_its_share_in_training_only():
 
 
 def test_block_drops_in_training_and_not_in_evaluation():
-    """Within and at the end of feed-forward networks, at the end of the convolution, after attention."""
+    """Within and at the end of feed-forward networks, at the end of the convolution, in and after attention."""
     (block, x), dropped = (ConformerBlock(16, 4, 32, 7, 0.1), torch.randn(2, 9, 16)), []
     for module in block.modules():
         if isinstance(module, torch.nn.Dropout):
             assert module.p == 0.1
-            module.register_forward_hook(lambda module, inputs, output: dropped.append(output.shape[2]))
-    assert not torch.equal(block(x), block(x)) and dropped == [32, 16, 16, 16, 32, 16] * 2
+            module.register_forward_hook(lambda module, inputs, output: dropped.append(output.shape[-1]))
+    assert not torch.equal(block(x), block(x)) and dropped == [32, 16, 16, 9, 16, 32, 16] * 2
     block.eval()
     assert torch.equal(block(x), block(x))
 
