@@ -727,6 +727,38 @@ def test_defaults_are_the_papers():
     assert parse_finetune("--data", "magnatagatune").batch_size == 64
 
 
+def test_help_tells_the_defaults(capsys):
+    """--help and the tables of defaults are written apart."""
+    tiny, large = (vars(pretrain.parse(["--size", size, "--out", "nowhere"])[0]) for size in ("tiny", "large"))
+    few, own, esc10, dcase2019, audioset = (
+        vars(parse_finetune("--data", data, "--out", "nowhere"))
+        for data in ("synth", "folder", "esc10", "dcase2019", "audioset"))
+    shown = []
+    for parse in (pretrain.parse, finetune.parse):
+        with pytest.raises(SystemExit):
+            parse(["--help"])
+        shown.append(" ".join(capsys.readouterr().out.split()))
+    for name, change in (("seconds", str), ("batch_size", str), ("updates", str), ("lr", "{:.0e}".format)):
+        option = f"--{name} {name.upper()} ".replace("_", "-", 1)
+        before, after = (change(x[name]).replace("e-0", "e-").removesuffix(".0") for x in (tiny, large))
+        assert re.search(rf"{option}[^()]*\(tiny: {before}, else {after}\)", shown[0]), name
+    for name, value in Wav2Vec2("tiny").settings.items():
+        if name in wav2vec2.COMMON:
+            option = "--norm {group,batch}" if name == "norm" else f"--{name} ".replace("_", "-") + name.upper()
+            assert re.search(rf"{option} [^()]*\({value}\)", shown[0]), name
+    assert own == dict(few, data="folder")
+    for text in (f"(10; synth, folder, csv {few['seconds']:g}, esc10 {esc10['seconds']:g})",
+                 f"(esc10 {esc10['updates']}, synth, folder, csv {few['updates']}, ..., audioset {audioset['updates']})",
+                 f"({few['batch_size']} to {audioset['batch_size']})",
+                 f"({audioset['lr']:.0e} to {few['lr']:.0e}; frozen {finetune.FREEZE_LR:.0e})".replace("e-0", "e-"),
+                 f"({dcase2019['head']}; audioset {audioset['head']}; synth, esc10, folder, csv {few['head']})",
+                 f"({few['head_dropout']} to {dcase2019['head_dropout']})",
+                 f"({dcase2019['consistency']:g}; synth, esc10, folder, csv {few['consistency']:g})",
+                 f"(all; synth, esc10, folder, csv {' '.join(few['augment'])})", f"({few['layer']}; --embed: middle)",
+                 f"as a share of --lr ({few['encoder_lr']:g})", f"({few['loss']})"):
+        assert text in shown[1], text
+
+
 # ------------------------------------------------------------------------- Sec. 4 Fine-tuning
 
 
