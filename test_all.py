@@ -748,7 +748,8 @@ def test_help_tells_the_defaults(capsys):
             assert re.search(rf"{option} [^()]*\({value}\)", shown[0]), name
     assert own == dict(few, data="folder")
     for text in (f"(10; synth, folder, csv {few['seconds']:g}, esc10 {esc10['seconds']:g})",
-                 f"(esc10 {esc10['updates']}, synth, folder, csv {few['updates']}, ..., audioset {audioset['updates']})",
+                 f"(esc10 {esc10['updates']}, synth, folder, csv {few['updates']}, ..., "
+                 f"audioset {audioset['updates']})",
                  f"({few['batch_size']} to {audioset['batch_size']})",
                  f"({audioset['lr']:.0e} to {few['lr']:.0e}; frozen {finetune.FREEZE_LR:.0e})".replace("e-0", "e-"),
                  f"({dcase2019['head']}; audioset {audioset['head']}; synth, esc10, folder, csv {few['head']})",
