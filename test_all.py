@@ -687,6 +687,14 @@ def test_bf16_is_close_to_float32(norm):
     assert coarse.item() == pytest.approx(exact.item(), rel=0.03) and coarse != exact
 
 
+def test_bf16_leaves_out_no_more_distractors_than_float32():
+    """Latents that differ little, as those of a steady hum, would be equal in bf16."""
+    model, log_mel = Wav2Vec2("tiny", **SMALL).eval(), torch.randn(64).expand(2, 40, 64) + 1e-4 * torch.randn(2, 40, 64)
+    with pretrain.autocast(torch.device("cpu"), "bf16"):
+        sums = model(log_mel).sums
+    assert sums["duplicates"] == 0 and sums["counted"] == sums["masked"]
+
+
 def test_pretraining_learns():
     """On tones that step regularly, what is masked can be told from what is heard."""
     model = Wav2Vec2("tiny", **{**SMALL, "dropout": 0.0}).train()
