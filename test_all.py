@@ -3072,6 +3072,17 @@ def test_what_the_readme_imports_and_every_option_it_names_is_there():
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*[a-z]", text)) - known <= of_others
 
 
+def test_the_readme_has_the_recipes_of_the_data_sets():
+    """Updates, batch and learning rate, in the table of data sets."""
+    rows, told = re.findall(r"^\| (`.*?) \| .* \| ([^|]*\d x \d[^|]*) \|$", (HERE / "README.md").read_text(), re.M), {}
+    for names, recipes in rows:
+        told.update(zip(re.findall("`(.+?)`", names), recipes.split("; "), strict=True))
+    for name in finetune.RECIPES.keys() - {"synth", "folder", "csv"}:
+        recipe = {**finetune.DEFAULTS, **finetune.RECIPES[name]}
+        updates, batch_size, lr = told[name].replace(",", "").replace(" x", "").split()
+        assert (int(updates), int(batch_size), float(lr)) == (recipe["updates"], recipe["batch_size"], recipe["lr"])
+
+
 def test_the_readme_points_at_code_for_all_of_the_paper():
     """Its table names what exists, and leaves no section, equation, table or figure out."""
     rows = re.findall(r"^\| ((?:Sec|Fig)\..*?) \| (.*?) \|$", (HERE / "README.md").read_text(), re.M)
