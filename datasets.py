@@ -759,10 +759,10 @@ def is_audio(path):
 def group_copies(clips):
     """Files with the same bytes become a group: what was learned from one is not tested on another. Raises InputError
     where their labels or groups differ."""
-    sizes, copies = collections.Counter(os.path.getsize(clip.path) for clip in clips), collections.defaultdict(list)
-    for n, clip in enumerate(clips):
-        size = os.path.getsize(clip.path)
-        if sizes[size] > 1 and is_audio(clip.path):             # what can't be read is left out later
+    sizes, copies = [os.path.getsize(clip.path) for clip in clips], collections.defaultdict(list)
+    clips_of_size = collections.Counter(sizes)
+    for n, (clip, size) in enumerate(zip(clips, sizes, strict=True)):
+        if clips_of_size[size] > 1 and is_audio(clip.path):     # what can't be read is left out later
             copies[hashlib.sha256(clip.path.read_bytes()).hexdigest()].append(n)
     for digest, numbers in copies.items():
         groups = {clips[n].group for n in numbers} - {""}
