@@ -281,7 +281,7 @@ def decode(files, workers=None, done=0):
     workers = min(workers, len(files), size // 2**22)                   # for a few megabytes none is worth its start
     loader = torch.utils.data.DataLoader(Recordings(files), batch_size=None, num_workers=workers, collate_fn=tuple,
                                          worker_init_fn=init_worker)
-    yield from tqdm(loader, "decode", total=done + len(files), initial=done, unit=" files", leave=False, disable=None)
+    yield from progress(loader, "decode", total=done + len(files), initial=done, unit=" files")
 
 
 def init_worker(_):
@@ -910,8 +910,8 @@ class ClipSet:
 def synth(train=1000, test=500):
     """Synthetic clips, labelled with the classes of the events in them: a list of `Clip`, and their waveforms."""
     classes, clips, waveforms = list(SOUND_CLASSES), [], []
-    for split, i in tqdm([("train", i) for i in range(train)] + [("test", i) for i in range(test)], "synth",
-                         unit=" clips", leave=False, disable=None):
+    for split, i in progress([("train", i) for i in range(train)] + [("test", i) for i in range(test)], "synth",
+                             unit=" clips"):
         waveform, events = synth_clip(i, split)
         labels = tuple({classes.index(kind) for _, _, kind in events})
         clips.append(Clip(f"synth/{split}/{i}", labels, split, None, samples=len(waveform)))
@@ -1151,6 +1151,10 @@ def run_script(main):
     sys.exit(code)
 
 
+# A bar for what comes before or between updates: gone at its end, and not there where stderr is no terminal.
+progress = functools.partial(tqdm, leave=False, disable=None)
+
+
 class Bar(tqdm):
     """A run's progress: a bar where stderr is a terminal, else a line every minute; neither if `silent`."""
 
@@ -1266,7 +1270,7 @@ def main():
             raise InputError(f"{args.out}: exists already; name a new folder")
         Path(args.out).mkdir(parents=True)
         rows = []
-        for i in tqdm(range(args.clips), "synth", unit=" clips", leave=False, disable=None):
+        for i in progress(range(args.clips), "synth", unit=" clips"):
             waveform, events = synth_clip(i)
             soundfile.write(Path(args.out) / f"{i}.wav", waveform, SAMPLE_RATE)
             rows += [(f"{i}.wav", *event) for event in events]

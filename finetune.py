@@ -33,14 +33,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import augment
 import metrics
 from conformer import BatchNorm
 from datasets import (READERS, Bar, InputError, Parser, batches, claim, collate, derive_seed, file_path, find_device,
-                      in_range, load_labelled, open_audio, rank, read_blocks, reading, run_script, say, to_int16,
-                      world_size, write_events, write_whole)
+                      in_range, load_labelled, open_audio, progress, rank, read_blocks, reading, run_script, say,
+                      to_int16, world_size, write_events, write_whole)
 from frontend import HOP, MELS, SAMPLE_RATE, LogMel, frame_count, padding_mask
 from pretrain import (MAX_CONSECUTIVE_SKIPS, SIGNALS, add_running_options, agree, all_reduce, autocast, compile_blocks,
                       fetch, finish, init_distributed, load_checkpoint, load_encoder, load_weights, resume,
@@ -483,7 +482,7 @@ def compute_logits(model, frontend, data, args, batch_seconds=320):
         fit = max(1, min(256, int(batch_seconds * SAMPLE_RATE / data.lengths[by_length[0]])))
         parts.append(by_length[:fit])
         by_length = by_length[fit:]
-    for part in tqdm(parts, "evaluate", leave=False, disable=True if rank() else None):
+    for part in progress(parts, "evaluate", disable=True if rank() else None):
         waveform, lengths, numbers = collate([(data.waveform(n), n) for n in part])
         log_mel = frontend(waveform.to(device), lengths)
         with autocast(device, args.dtype), torch.compiler.set_stance("force_eager"):        # so many shapes
@@ -595,7 +594,7 @@ def encode_recording(path, model, frontend, layer=None, notes=None):
     stack = encoder.settings["stack"]
     window = 3000 // stack * stack * HOP / SAMPLE_RATE              # so that latents stay evenly spaced
     log_mels, embeddings = [], []
-    for block in tqdm(read_blocks(path, window, notes), Path(path).name, unit=" min", leave=False, disable=None):
+    for block in progress(read_blocks(path, window, notes), Path(path).name, unit=" min"):
         if max(hours, len(log_mels) / 60) > LONGEST:
             raise InputError(f"{path}: is longer than {LONGEST} hours; cut it into parts")
         if len(block) < HOP and log_mels:

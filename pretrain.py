@@ -39,7 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from datasets import (Bar, InputError, Parser, batches, claim, collate, derive_seed, file_path, find_device, in_range,
-                      open_unlabelled, rank, reading, run_script, say, world_size, write_whole)
+                      open_unlabelled, progress, rank, reading, run_script, say, world_size, write_whole)
 from frontend import SAMPLE_RATE, LogMel, frame_count, padding_mask
 from wav2vec2 import COMMON, SIZES, Wav2Vec2, collapse_warning, span_mask, summarize
 
@@ -174,7 +174,7 @@ def build(args, checkpoint, source, device):
     else:
         sample = batches(source, 32, 16, args.seed, workers=args.workers)
         frontend.fit_normalization((waveform.to(device), lengths) for waveform, lengths, _ in
-                                   tqdm(sample, "mean and deviation", leave=False, disable=None))
+                                   progress(sample, "mean and deviation"))
     if args.compile:
         compile_blocks(model)
     return model, frontend

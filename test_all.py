@@ -6,6 +6,7 @@ temporary folders: as a user runs them where processes, signals and kills matter
 import contextlib
 import importlib.util
 import inspect
+import io
 import json
 import math
 import multiprocessing
@@ -2694,10 +2695,19 @@ def test_few_large_recordings_are_decoded_by_many_processes(monkeypatch, megabyt
     loaders = spy(monkeypatch, torch.utils.data, "DataLoader")
     monkeypatch.setattr(os.path, "exists", lambda path: True)
     monkeypatch.setattr(os.path, "getsize", lambda path: int(megabytes * 2**20))
-    monkeypatch.setattr(datasets, "tqdm", lambda *_, **__: ())
+    monkeypatch.setattr(datasets, "progress", lambda *_, **__: ())
     list(datasets.decode([Path(f"{i}.wav") for i in range(15)], workers=64))
     (inputs, _), = loaders
     assert inputs[2] == expected
+
+
+def test_a_bar_is_gone_at_its_end_and_in_no_log():
+    terminal, log = io.StringIO(), io.StringIO()
+    terminal.isatty = lambda: True
+    for file in (terminal, log):
+        assert list(datasets.progress(range(3), "decode", file=file)) == [0, 1, 2]
+    *_, bar, wiped, rest = terminal.getvalue().split("\r")
+    assert "decode" in bar and (wiped.strip(), rest) == ("", "") and log.getvalue() == ""
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
