@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import inspect
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -1226,6 +1227,14 @@ def test_all_paths_hear_the_same_whatever_the_level_and_the_offset(tmp_path):
         assert torch.equal(predicted, in_training)
 
 
+def test_silent_is_what_never_reaches_minus_60_db(tmp_path, call):
+    (tmp_path / "in").mkdir()
+    tone = np.sin(np.arange(16_000))
+    soundfile.write(tmp_path / "in" / "quiet.wav", tone / np.abs(tone).max() * 1.02e-3, 16_000, "FLOAT")
+    soundfile.write(tmp_path / "in" / "silent.wav", tone / np.abs(tone).max() * 0.98e-3, 16_000, "FLOAT")
+    assert "1 skipped, 1 of them silent: silent.wav" in call("datasets.py", "pack", tmp_path / "in", tmp_path / "out")
+
+
 @pytest.mark.parametrize("rate", [16_000, 44_100])
 def test_an_offset_alone_is_silent(tmp_path, rate, call):
     (tmp_path / "in").mkdir()
@@ -1629,14 +1638,24 @@ def test_synth_events_are_where_they_are_said_to_be():
     assert np.mean(ratios) > 0.5
 
 
-@pytest.mark.parametrize("index, level, centre", [          # in which all ten kinds of sound occur
-    (0, 991.3, 1708.5), (1, 121.0, 1093.9), (2, 239.1, 323.4), (3, 1607.3, 1415.3), (12, 1529.4, 4450.0)])
-def test_synth_sounds_as_it_did_when_it_was_measured(index, level, centre):
-    """Mean magnitude, and the centre of the spectrum in Hz: else the README's figures would mean other sounds."""
-    waveform = datasets.synth_clip(index)[0].astype(float)
+@pytest.mark.parametrize("sound, level, centre", [
+    (0, 991.3323, 1708.537), (1, 121.0040, 1093.947), (2, 239.0541, 323.3583), (3, 1607.297, 1415.290),
+    (12, 1529.394, 4450.005),
+    ("footsteps", 0.045327237, 533.50647), ("wind", 0.46608966, 315.73253), ("bird", 0.17243949, 4086.4273),
+    ("engine", 1.1089452, 333.16995), ("dog", 0.14805116, 1548.9104), ("rain", 1.1604875, 3443.3169),
+    ("bell", 0.47556916, 852.37228), ("alarm", 0.37344443, 2293.6174), ("cricket", 0.12866165, 4729.9999),
+    ("siren", 0.68953692, 1352.4129)])
+def test_synth_sounds_as_it_did_when_it_was_measured(sound, level, centre):
+    """Mean magnitude, and the centre of the spectrum in Hz, of clips and of each kind of sound by itself: else the
+    README's figures would mean other sounds."""
+    if isinstance(sound, int):
+        waveform, seconds = datasets.synth_clip(sound)[0].astype(float), 5
+    else:
+        t, seconds = np.arange(64_000) / 16_000, 4
+        waveform = datasets.SOUND_CLASSES[sound](np.random.default_rng(0), t, 1.1, 0.9)
     power = np.abs(np.fft.rfft(waveform)) ** 2
-    assert np.abs(waveform).mean() == pytest.approx(level, rel=1e-3)
-    assert np.average(np.arange(len(power)) / 5, weights=power) == pytest.approx(centre, rel=1e-3)
+    found = np.abs(waveform).mean(), np.average(np.arange(len(power)) / seconds, weights=power)
+    assert found == pytest.approx((level, centre), rel=1e-6)
 
 
 def test_synth_writes_clips_and_their_events(tmp_path, call):
@@ -2259,6 +2278,30 @@ def test_pretraining_writes_log_and_checkpoint(pretrained, tmp_path, call):
     assert checkpoint["frontend"]["std"].mean() > 1             # fitted, not the initial ones
     group = checkpoint["optimizer"]["param_groups"][0]
     assert group["betas"] == (0.9, 0.98) and group["weight_decay"] == 0.01          # the paper's
+
+
+def clock(step):
+    """A module `time` whose clock goes on by so many seconds whenever it is looked at."""
+    return types.SimpleNamespace(time=map(step.__mul__, itertools.count()).__next__)
+
+
+def test_the_log_tells_the_speed(pretrained, tmp_path, monkeypatch, call):
+    monkeypatch.setattr(pretrain, "time", clock(1e-5))          # for the log's start, for the run's, then for each line
+    printed = call("pretrain.py", *pretrained[0], "--out", tmp_path / "run")
+    log, flops = read_log(tmp_path / "run")[0], Wav2Vec2("tiny", **SMALL).flops(100)
+    for line, clips_per_second in zip(log, (8 / 2e-5, 8 / 1e-5, 8 / 1e-5), strict=True):
+        assert (line["clips_per_second"], line["tflops"]) == (
+            pytest.approx(clips_per_second, abs=0.06), pytest.approx(clips_per_second * flops / 1e12, abs=6e-4))
+        assert all(len(str(line[name]).partition(".")[2]) <= digits for name, digits in (
+            ("clips_per_second", 1), ("tflops", 3)))
+    assert "6 updates in 0.0 min" in printed
+
+
+def test_results_tell_the_minutes(tmp_path, monkeypatch, call):
+    monkeypatch.setattr(finetune, "time", clock(75.3))
+    table = write_table(tmp_path, "1.wav,a,train", "2.wav,b,train", "3.wav,a,test")
+    printed = call("finetune.py", "--data", "csv", "--root", table, "--updates", 1, "--out", tmp_path / "run")
+    assert [line["minutes"] for line in results(tmp_path / "run")] == [1.25] and "1.2 min" in printed      # 1.255
 
 
 def test_held_out_loss_is_that_of_recordings_never_trained_on(pretrained, monkeypatch):
@@ -2929,8 +2972,9 @@ def test_predict_says_what_the_model_says(finetuned, tmp_path, call):
     sounds = [tmp_path / name for name in ("short.wav", "middle.flac", "long.mp3")]
     printed = call("finetune.py", "--predict", *sounds, "--init", finetuned, "--json", "--threshold", 0.3)
     short, middle, long = map(json.loads, printed.splitlines())
-    for line in (short, middle, long):                          # the most probable first
+    for line in (short, middle, long):                          # the most probable first, with four digits
         assert list(line["probabilities"].values()) == sorted(line["probabilities"].values(), reverse=True)
+        assert max(len(str(value)) for value in line["probabilities"].values()) == len("0.1234")
     model, frontend, classes = finetune.load_run(finetuned)
     with torch.no_grad():
         wave = torch.from_numpy(datasets.read_audio(sounds[1]))
