@@ -66,6 +66,9 @@ class BatchNorm(nn.BatchNorm1d):
         return torch.zeros_like(x).masked_scatter(valid[:, :, None], super().forward(x[valid]))
 
 
+NORMS = dict(group=MaskedGroupNorm, batch=BatchNorm)        # in the convolution
+
+
 class Convolution(nn.Module):
     """Mix each channel with its own neighbours in time. (B, L, D) -> (B, L, D).
 
@@ -80,7 +83,7 @@ class Convolution(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.pointwise1 = nn.Linear(dim, 2 * dim)
         self.depthwise = DepthwiseConvolution(dim, kernel)
-        self.depthwise_norm = {"group": MaskedGroupNorm, "batch": BatchNorm}[norm](dim)
+        self.depthwise_norm = NORMS[norm](dim)
         self.pointwise2 = nn.Linear(dim, dim)
         self.dropout = Dropout(dropout)
 

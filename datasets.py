@@ -1060,7 +1060,7 @@ def batches(source, batch_size, updates, seed, first=0, rank=0, world=1, workers
     local_batch = batch_size // world
     if workers is None:
         workers = min(8, cores()) if torch.cuda.is_available() else 0
-    starts = (u * batch_size + rank * local_batch for u in range(first, updates))
+    starts = range(first * batch_size + rank * local_batch, updates * batch_size, batch_size)
     return torch.utils.data.DataLoader(
         ClipStream(source, seed, clips_by_class), batch_sampler=(range(n, n + local_batch) for n in starts),
         num_workers=workers, collate_fn=functools.partial(collate, samples=samples), worker_init_fn=init_worker,
@@ -1178,13 +1178,13 @@ def cores():
     return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def find_device(name=None, world=1):
+def find_device(name=None):
     """The device of this name, or the best there is; of several GPUs, the one of this process. Raises InputError where
-    there is none, or not for `world` processes."""
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available() and world == 1
+    there is none, or not for so many processes."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available() and world_size() == 1
     name = name or ("cuda" if cuda else "mps" if mps else "cpu")
     if not {"cuda": cuda, "mps": mps, "cpu": True}[name]:
-        raise InputError(f"--device {name}: this torch has none" + ", or not for several processes" * (world > 1)
+        raise InputError(f"--device {name}: this torch has none" + ", or not for several processes" * (world_size() > 1)
                          + "; leave --device out")
     number = int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None
     if number and number >= torch.cuda.device_count():

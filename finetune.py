@@ -79,6 +79,22 @@ def stats_over_time(x, padding_mask=None):
 POOLINGS = dict(mean=(mean_over_time, 1), stats=(stats_over_time, 2))
 
 
+class SumOverProcesses(torch.autograd.Function):
+    """A tensor added up over all processes. So is its gradient, as each process's loss depends on the sum."""
+
+    @staticmethod
+    def forward(ctx, x):
+        """Any shape."""
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        """Any shape."""
+        return SumOverProcesses.forward(ctx, gradient)
+
+
 class Standardise(BatchNorm):
     """Each component to mean 0 and variance 1 over a batch's steps that are not padding, those of all processes: one
     alone may have very few. (B, L, D), padding_mask (B, L) or None -> (B, L, D)."""
@@ -90,7 +106,7 @@ class Standardise(BatchNorm):
         if not self.training or world_size() == 1:
             return super().forward(x, padding_mask)
         valid = x.flatten(0, 1) if padding_mask is None else x[~padding_mask]       # (N, D)
-        add = torch.distributed.nn.all_reduce                                       # which has a gradient
+        add = SumOverProcesses.apply
         count = add(valid.new_tensor(len(valid)))
         mean = add(valid.sum(0)) / count
         variance = add((valid - mean).square().sum(0)) / count
@@ -205,10 +221,11 @@ def compute_loss(logits, target, args):
 
 
 def gather(x):
-    """Concatenate a tensor over all processes: (B / world, ...) -> (B, ...), padded to the longest."""
+    """Concatenate a tensor over all processes: (B / world,) -> (B,), or (B / world, T, 64) -> (B, T, 64), padded to
+    the longest."""
     if world_size() == 1:
         return x
-    if x.dim() > 1:
+    if x.dim() == 3:
         longest = torch.tensor(x.shape[1], device=x.device)
         dist.all_reduce(longest, dist.ReduceOp.MAX)
         x = F.pad(x, (0, 0, 0, int(longest) - x.shape[1]))
@@ -284,7 +301,7 @@ def main():
             save(**state)
             say(f"{name}: {'validation ' * args.no_test}{data.metric} {score:.3f} on {len(test)} clips"
                 + f" over {classes} classes" * (classes is not None) + (
-                    f" (validation: last {scores['last']:.3f}, best of about twenty {scores['best']:.3f})" if len(valid)
+                    f" (validation: last {scores['last']:.3f}, best of up to twenty {scores['best']:.3f})" if len(valid)
                     else "") + f", after {len(training)} clips x {args.updates * args.batch_size / len(training):.0f} "
                 f"epochs, {minutes:.1f} min\n    trained on {lines[-1]['train']}\n    tested on {lines[-1]['test']}")
             if args.fold == "all" and fold is not None and fold == jobs[-1][2]:
@@ -336,7 +353,7 @@ def split(data, folds, fold, fraction, args):
         valid = training[:0]
     if args.validate and len(valid) == 0:
         if fold is None:
-            valid = np.setdiff1d(training, data.subset(training).fraction(0.9, args.seed).rows)
+            valid = np.setdiff1d(training, data.subset(training).fraction(0.9, args.seed).rows)     # of the whole set
         else:
             if len(folds) < 3:
                 raise InputError("--validate needs three folds at least: to train, to validate, to test")
@@ -388,18 +405,20 @@ def train(model, frontend, training, valid, args, label, save, state):
         scores, best_weights = state["scores"], state["best_weights"]
     loader = batches(training, args.batch_size, args.updates, args.seed, done, rank(), world_size(), args.workers,
                      clips_by_class=training.clips_by_class() if args.balance else None)
-    bar, validate_every = Bar(args.updates, done, label, silent=rank() > 0), max(1, args.updates // 20)
+    bar, validate_every = Bar(args.updates, done, label, silent=rank() > 0), -(-args.updates // 20)
     # waveform (B, S) int16 and lengths (B,) in samples, on the CPU; numbers (B,) of the clips in the set.
     for update, (waveform, lengths, numbers) in enumerate(loader, done):
         for group in optimizer.param_groups:
             group["lr"] = group["lr_share"] * three_stage_lr(update, args.updates, args.lr, args.stages)
-        generator = torch.Generator().manual_seed(derive_seed(1, args.seed, update))    # the same on any device
-        torch.manual_seed(derive_seed(2, args.seed, update, rank()))                    # dropout
+        # Of augmentation, the same on any device; of dropout (2).
+        generator = torch.Generator().manual_seed(derive_seed(1, args.seed, update))
+        torch.manual_seed(derive_seed(2, args.seed, update, rank()))
         versions, padding = augment_batch(waveform.to(device, non_blocking=True), lengths, frontend, args, generator)
         target = torch.from_numpy(training.targets(numbers)).to(device)
         loss = add_gradients(wrapped, versions, padding, target, args)
         sums = all_reduce(dict(loss=loss / world_size(), signals=torch.full_like(loss, len(SIGNALS))))
-        figures = fetch(dict(sums, norm=torch.nn.utils.clip_grad_norm_(parameters, 1.0)))       # as in pre-training
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)                          # pretrain.py's --max-grad-norm
+        figures = fetch(dict(sums, norm=norm))
         finite = all(map(math.isfinite, figures.values()))
         if finite:
             optimizer.step()
@@ -565,7 +584,7 @@ def load_run(run, device="cpu"):
     (Wav2Vec2, frontend, []), good for embeddings. Raises InputError where it is none of these.
     """
     path = Path(run)
-    if path.is_dir() and not (path / "log.jsonl").exists():
+    if path.is_dir() and not (path / "log.jsonl").exists():         # which pretrain.py writes
         models = sorted(path.glob("*_fraction*.pt"))
         if len(models) != 1:
             raise InputError(f"{run}: holds {len(models)} fine-tuned models"

@@ -66,8 +66,8 @@ def padding_mask(lengths, log_mel):
 class LogMel(nn.Module):
     """Normalised log-mel spectrogram.
 
-    waveform (B, S), float in [-1, 1] or int16, and lengths (B,) in samples where zeros pad it (None: nowhere)
-    ->  log-mels (B, T, 64), float32, T = max(S // 320, 1).
+    waveform (B, S), float in [-1, 1] or int16, and lengths (B,) in samples, at least 1, where zeros pad it (None:
+    nowhere)  ->  log-mels (B, T, 64), float32, T = max(S // 320, 1).
 
     Each waveform is first shifted to a mean of 0 and scaled to a root mean square of 1 (as in fairseq's wav2vec 2.0
     "large"): the offset of a sound card and how loud a recording is say little about what is in it, yet loudness would

@@ -33,7 +33,8 @@ def _steps(scores, labels):
     Clips of equal score make one step, as in scikit-learn: their order must not matter.
     """
     order = np.argsort(-scores)
-    last_of_tie = np.append(np.diff(scores[order]) != 0, True)
+    ranked = scores[order]
+    last_of_tie = np.append(ranked[1:] != ranked[:-1], True)        # two infinities tie too
     seen = np.flatnonzero(last_of_tie) + 1
     return seen, np.cumsum(labels[order])[last_of_tie]
 

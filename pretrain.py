@@ -38,6 +38,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from conformer import NORMS
 from datasets import (Bar, InputError, Parser, batches, claim, collate, derive_seed, file_path, find_device, in_range,
                       open_unlabelled, progress, rank, reading, run_script, say, world_size, write_whole)
 from frontend import SAMPLE_RATE, LogMel, frame_count, padding_mask
@@ -204,25 +205,27 @@ class Log:
     without tensorboard, and where another process writes there."""
 
     def __init__(self, args, done, flops):
-        self.claimed, path = contextlib.ExitStack(), Path(args.out) / "log.jsonl"
-        self.claimed.enter_context(claim(args.out))
+        self.resources, path = contextlib.ExitStack(), Path(args.out) / "log.jsonl"      # what `close` gives back
+        self.resources.enter_context(claim(args.out))
         lines = path.read_text().splitlines(True) if done and path.exists() else []
         write_whole(path, "".join(
             line for line in lines if line.endswith("}\n") and json.loads(line)["update"] <= done))
-        self.file, self.board = open(path, "a", buffering=1), None      # noqa: SIM115
+        self.file, self.board = self.resources.enter_context(open(path, "a", buffering=1)), None      # noqa: SIM115
         if args.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise InputError("--tensorboard needs another package: pip install tensorboard") from None
-            self.board = SummaryWriter(args.out)
+            self.board = SummaryWriter(args.out, purge_step=done + 1)       # of a killed run's later points
+            self.resources.callback(self.board.close)
         self.bar = Bar(args.updates, done, "pre-train")
-        self.batch_size, self.flops, self.warned, self.last_time = args.batch_size, flops, False, time.time()
+        self.batch_size, self.flops, self.warned = args.batch_size, flops, False
+        self.last_update, self.last_time = done, time.time()
 
     def close(self):
-        """End the bar, and let others write there."""
+        """End the bar, close the files, and let others write there."""
         self.bar.close()
-        self.claimed.close()
+        self.resources.close()
 
     def write(self, update, **figures):
         """A line of log.jsonl, and a point of each curve."""
@@ -241,7 +244,7 @@ class Log:
     def write_training(self, update, sums, lr, skipped):
         """Log sums over the updates since the last line. Warns when the latents collapse."""
         now, updates = time.time(), sums["updates"]
-        speed = updates * self.batch_size / (now - self.last_time)                      # clips a second
+        speed = (update - self.last_update) * self.batch_size / (now - self.last_time)          # clips a second
         figures = dict(lr=lr, skipped=skipped, gradient_norm=sums["gradient_norm"] / updates,
                        clips_per_second=round(speed, 1), tflops=round(speed * self.flops / 1e12, 3), **summarize(sums))
         self.write(update, **figures)
@@ -250,7 +253,7 @@ class Log:
         warning = collapse_warning(figures)
         if warning and not self.warned:
             self.bar.write(f"update {update}: {warning}", sys.stderr)
-        self.last_time, self.warned = now, bool(warning)
+        self.last_update, self.last_time, self.warned = update, now, bool(warning)
 
 
 def profiled(loader, out):
@@ -317,7 +320,7 @@ def parse(argv=None):
             ("distractors", size, "K (100)"),
             ("temperature", positive, "divides similarities (0.1); larger blurs the choice")):
         add(f"--{name}", type=kind, help=text)
-    add("--norm", choices=["group", "batch"], help="in the convolution (group)")
+    add("--norm", choices=NORMS, help="in the convolution (group)")
 
     add = parser.add_argument_group("optimisation (Sec. 2.3)").add_argument
     add("--updates", type=count, help="of the whole run (tiny: 400, else 300000)")
@@ -372,6 +375,7 @@ def resume(parser, args, argv):
         raise InputError(f"{args.out} holds a run already: continue it with --resume, or name another --out")
     checkpoint = load_checkpoint(args.out, parser.prog)
     saved = {name: value for name, value in checkpoint["args"].items() if name not in OF_ONE_START}
+    saved["out"] = args.out                                             # the folder may have been moved
     args = parser.parse_args(argv, argparse.Namespace(**saved))         # what is not in argv stays as it is
     for name in sorted(vars(args).keys() - MAY_CHANGE - OF_ONE_START):
         if getattr(args, name) != (before := saved.get(name, parser.get_default(name))):
@@ -386,7 +390,7 @@ def init_distributed(args):
     SIGINT (Ctrl-C) and SIGTERM, collected in SIGNALS, end a run after the update in progress, a second one at once.
     Raises InputError for a device that is not there, and a batch that can't be divided.
     """
-    device, world = find_device(args.device, world_size()), world_size()
+    device, world = find_device(args.device), world_size()
     local_batch = args.batch_size // world
     if args.batch_size % world or local_batch % (args.micro_batch or local_batch):
         raise InputError(f"--batch-size {args.batch_size} does not divide by {world} processes x --micro-batch "
@@ -412,7 +416,7 @@ def agree(args, *facts):
     """Raise InputError unless all processes have the same facts: how far the run is, and of what data."""
     if world_size() > 1:
         digest = int(hashlib.sha256(repr(facts).encode()).hexdigest()[:15], 16)
-        extremes = torch.tensor([digest, -digest], device=find_device(args.device, world_size()))
+        extremes = torch.tensor([digest, -digest], device=find_device(args.device))
         dist.all_reduce(extremes, dist.ReduceOp.MAX)
         if extremes.sum() != 0:
             raise InputError(f"{args.out}: not all processes find the same checkpoint there, or the same data: "

@@ -673,6 +673,7 @@ def test_each_setting_of_the_task_acts(changes):
 def test_impossible_models_are_refused():
     for changes, word in ((dict(size="huge"), "huge"), (dict(depth=3), "depth"),
                           (dict(heads=5), "heads"), (dict(mask_prob=1.5), "mask_prob"), (dict(blocks=0), "blocks"),
+                          (dict(first_kernel=10**14 + 1), "first_kernel"), (dict(dropout=0.9999999), "dropout"),
                           (dict(kernel=8), "odd")):
         with pytest.raises(ValueError, match=word):
             Wav2Vec2(**{"size": "tiny", **changes})
@@ -1051,6 +1052,9 @@ def test_saturated_probabilities_tie_but_logits_do_not():
     logits = torch.tensor([[30.0], [40.0], [2.0]])
     labels = [[0], [1], [0]]
     assert areas_under_roc(logits, labels) == 1 and areas_under_roc(logits.sigmoid(), labels) == 0.75
+    impossible = torch.full((2, 1), -torch.inf)                         # two logarithms of 0 tie too
+    for labels in ([[0], [1]], [[1], [0]]):
+        assert areas_under_roc(impossible, labels) == average_precisions(impossible, labels) == 0.5
 
 
 def test_accuracy_counts_right_answers():
@@ -2286,7 +2290,7 @@ def clock(step):
 
 
 def test_the_log_tells_the_speed(pretrained, tmp_path, monkeypatch, call):
-    monkeypatch.setattr(pretrain, "time", clock(1e-5))          # for the log's start, for the run's, then for each line
+    monkeypatch.setattr(pretrain, "time", clock(1e-5))          # of the log's start, of the run's, then of each line
     printed = call("pretrain.py", *pretrained[0], "--out", tmp_path / "run")
     log, flops = read_log(tmp_path / "run")[0], Wav2Vec2("tiny", **SMALL).flops(100)
     for line, clips_per_second in zip(log, (8 / 2e-5, 8 / 1e-5, 8 / 1e-5), strict=True):
@@ -2295,6 +2299,12 @@ def test_the_log_tells_the_speed(pretrained, tmp_path, monkeypatch, call):
         assert all(len(str(line[name]).partition(".")[2]) <= digits for name, digits in (
             ("clips_per_second", 1), ("tflops", 3)))
     assert "6 updates in 0.0 min" in printed
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "learning_rate", fail_at(2, lambda: signal.raise_signal(signal.SIGINT), lambda *_: 0))
+        call("pretrain.py", *pretrained[0], "--out", tmp_path / "stopped", code=130)
+    monkeypatch.setattr(pretrain, "time", clock(1e-5))
+    call("pretrain.py", *pretrained[0], "--out", tmp_path / "stopped", "--resume")       # one update to the next line
+    assert read_log(tmp_path / "stopped")[0][1]["clips_per_second"] == pytest.approx(4 / 2e-5)
 
 
 def test_results_tell_the_minutes(tmp_path, monkeypatch, call):
@@ -2492,6 +2502,13 @@ def test_a_signal_ends_fine_tuning_which_resumes_with_its_best_weights(pretraine
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
+def test_up_to_twenty_validations(pretrained, esc50, tmp_path, monkeypatch, call):
+    validations = spy(monkeypatch, finetune, "evaluate")
+    call("finetune.py", *esc50, "--init", pretrained[1], "--updates", 39, "--validate", "--no-test", "--augment",
+         "--out", tmp_path / "run")
+    assert len(validations) == 20
+
+
 def test_all_processes_stop_at_the_same_update_and_another_number_resumes(pretrained, tmp_path, call):
     """Only one of two processes gets the signal. One process goes on: equal up to rounding."""
     options = [*pretrained[0], "--dropout", 0, "--updates", 3000]
@@ -2542,6 +2559,8 @@ def test_a_run_is_not_overwritten_nor_changed(pretrained, finetuned, tmp_path, c
     assert "other clips, labels, splits" in message
     monkeypatch.chdir(tmp_path)                                 # without --out, the usual folder
     table = write_table(tmp_path, "1.wav,a,train", "2.wav,b,test")
+    shutil.copytree(folder, "runs/pretrain")                            # a run that was moved goes on where it is
+    assert pretrain.parse(["--resume"])[0].out == "runs/pretrain"
     call("finetune.py", "--data", "csv", "--root", table, "--updates", 1, "--resume")
     assert "done" in call("finetune.py", "--data", "csv", "--root", table, "--updates", 1, "--resume")
     call("pretrain.py", *pretrained[0], "--profile", "--checkpoint-every", 1, "--out", tmp_path / "profiled")
@@ -2601,14 +2620,15 @@ def test_tensorboard_draws_the_log_or_is_asked_for_in_a_line(pretrained, tmp_pat
     drawn, pictures = [], []
     writer = types.SimpleNamespace(add_scalar=lambda name, value, update: drawn.append((update, name, value)),
                                    add_image=lambda name, image, update: pictures.append((name, image, update)),
-                                   flush=lambda: drawn.append("flushed"))
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=lambda out: writer))
+                                   flush=lambda: drawn.append("flushed"), close=lambda: drawn.append("closed"))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(
+        SummaryWriter=lambda out, purge_step: drawn.append(purge_step) or writer))
     call(*options)
-    expected = []
+    expected = [1]                              # where later points of an earlier run are dropped
     for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines():
         update, *figures = json.loads(line).items()
         expected += [(update[1], *figure) for figure in figures] + ["flushed"]
-    assert drawn == expected and len(drawn) > 30
+    assert drawn == [*expected, "closed"] and len(drawn) > 30
     (name, image, update), (other, cosine, _) = pictures                # of the one checkpoint
     assert (name, other, update) == ("masked log-mels", "context against latents", 6)
     latents, blue = image.shape[2] // 16, (image[2] == 1).all(0)        # four frames, each drawn four times as large
@@ -2756,11 +2776,12 @@ def test_a_bar_is_gone_at_its_end_and_in_no_log():
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert datasets.find_device(world=2) == torch.device("cuda", 1)
+    assert datasets.find_device() == torch.device("cuda", 1)
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(InputError, match="only 2 GPUs here"):
-        datasets.find_device(world=3)
+        datasets.find_device()
 
 
 def test_attention_by_cudnn_is_off_wherever_there_is_a_model():
@@ -2868,7 +2889,7 @@ def test_the_weights_that_did_best_on_validation_clips_are_tested(esc50, tmp_pat
     plain, validated, chosen = (results(tmp_path / f"run{n}")[0] for n in range(3))
     assert plain["score"] < 0.7 and plain["valid_best"] is None and validated["score"] == validated["valid_best"] == 1
     assert chosen["score"] == chosen["valid_last"] < 0.7 and chosen["valid_best"] == 1      # not a maximum of twenty
-    assert "validation accuracy" in printed and "best of about twenty 1.000" in printed
+    assert "validation accuracy" in printed and "best of up to twenty 1.000" in printed
     assert plain["fold"] == validated["fold"] == chosen["fold"] == "3"
     assert plain["test"] == validated["test"] != chosen["test"]
 
@@ -3135,6 +3156,14 @@ def test_the_readme_has_the_recipes_of_the_data_sets():
         recipe = {**finetune.DEFAULTS, **finetune.RECIPES[name]}
         updates, batch_size, lr = told[name].replace(",", "").replace(" x", "").split()
         assert (int(updates), int(batch_size), float(lr)) == (recipe["updates"], recipe["batch_size"], recipe["lr"])
+
+
+def test_the_readme_has_the_numbers_of_synthetic_clips():
+    readme = " ".join((HERE / "README.md").read_text().split())
+    unlabelled, held_out = datasets.open_unlabelled(["synth"], 5.0)
+    train, test = (option.default for option in inspect.signature(datasets.synth).parameters.values())
+    assert f"{train:,} labelled synthetic clips" in readme and f"{len(unlabelled):,} unlabelled" in readme
+    assert f"on {test} clips" in readme and len(held_out) == 100
 
 
 def test_the_readme_points_at_code_for_all_of_the_paper():
