@@ -2753,6 +2753,14 @@ def test_folds_are_in_the_order_of_their_numbers():
     assert {fold: set(valid.splits) for _, _, fold, _, valid, _ in jobs}["9"] == {"10"}
 
 
+@pytest.mark.parametrize("side, counts", [("train", "2 clips to train on and 0 to test on"),
+                                          ("test", "0 clips to train on and 2 to test on")])
+def test_a_set_with_one_side_only_is_refused(side, counts):
+    data = labelled_set([(0,), (1,)], splits=[side] * 2)
+    with pytest.raises(InputError, match=counts):
+        finetune.plan(data, parse_finetune())
+
+
 @pytest.mark.parametrize("megabytes, expected", [(0.01, 0), (100, 15)])
 def test_few_large_recordings_are_decoded_by_many_processes(monkeypatch, megabytes, expected):
     loaders = spy(monkeypatch, torch.utils.data, "DataLoader")
