@@ -390,6 +390,12 @@ def test_dropout_drops_its_share_in_training_only():
     assert torch.equal(x.grad == 0, y == 0) and torch.equal(Dropout(0.1).eval()(x), x)
     rows = (y == 0).float()                                     # no pattern from one row to the next
     assert abs(torch.corrcoef(torch.stack([rows[:-1].flatten(), rows[1:].flatten()]))[0, 1]) < 0.01
+    torch.manual_seed(0)
+    Dropout(0.1)(torch.ones(7))
+    after = torch.rand(1)
+    torch.manual_seed(0)
+    torch.empty(2, dtype=torch.int64).random_(-2**63, None)
+    assert torch.rand(1) == after                               # a random number of 64 bits serves four values
 
 
 def test_block_drops_in_training_and_not_in_evaluation():
@@ -1160,7 +1166,8 @@ REAL_FILES = {
     "mp3 of constant rate": ("mp3", dict(bitrate_mode="CONSTANT"), without_first_frame, WHOLE, None),
     "mp3 of variable rate": ("mp3", VARIABLE, without_first_frame, WHOLE, None),
     "mp3 with a picture": ("mp3", VARIABLE,
-                           lambda b: b"ID3\3\0\0\0\6\0\0" + bytes(6 * 128 * 128) + without_first_frame(b), WHOLE, None),
+                           lambda b: b"ID3\3\0\0\0\6\5\3" + bytes((6 * 128 + 5) * 128 + 3) + without_first_frame(b), WHOLE,
+                           None),
     "mp3 in a wav": ("mp3", VARIABLE,
                      lambda b: mp3_in_wav(without_first_frame(b)), WHOLE, None),
     "two mp3s in one": ("mp3", {}, lambda b: b + b, WHOLE, "after 5.0 s, 50% of the file: more"),
