@@ -751,7 +751,7 @@ def is_audio(path):
     """Whether a file opens as a recording that is not empty."""
     try:
         with open_audio(path) as (file, _, _):
-            return file.frames > 0
+            return bool(file.frames)
     except InputError:
         return False
 
