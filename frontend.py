@@ -178,7 +178,7 @@ def resample(waveform, from_rate, to_rate):
         time = taps[:, None] - n.double() * step / phases     # (taps, n), in input samples
         window = torch.i0(beta * (1 - (time / (reach + 1)).square()).clamp(min=0).sqrt())
         kernel = cutoff * torch.sinc(cutoff * time) * window / torch.i0(beta)
-        kernel[time.abs() > reach + 1] = 0
+        kernel[time.abs() >= reach + 1] = 0
         windows = padded[..., first:].unfold(-1, len(taps), step)[..., :cycles, :]
         output[..., start:start + 128] = windows @ kernel.to(waveform)
     return output.flatten(-2)[..., :count]

@@ -249,6 +249,19 @@ def test_resample_keeps_tones_and_their_time(rates):
         assert 20 * math.log10(error) < -80
 
 
+@pytest.mark.parametrize("source, target", [(44_100, 16_000), (8_000, 16_000), (48_000, 16_000), (11_025, 16_000)])
+def test_resample_is_the_definition(source, target):
+    """Each output is the sum of all inputs, weighted by a windowed sinc that is centred on its own time."""
+    wave, lower = torch.randn(2000, dtype=torch.float64), min(1, target / source)
+    outputs = -(-2000 * target // source)
+    time = np.arange(outputs)[:, None] * source / target - np.arange(2000)          # (output, input), in input samples
+    cutoff, end = lower * (1 - 72 / (2.285 * np.pi * 128) / 2), math.ceil(64 / lower) + 1
+    beta = 0.1102 * (80 - 8.7)                          # Kaiser's formulas, for 80 dB
+    window = np.i0(beta * np.sqrt((1 - (time / end) ** 2).clip(0))) / np.i0(beta) * (np.abs(time) < end)
+    expected = cutoff * np.sinc(cutoff * time) * window @ wave.numpy()
+    np.testing.assert_allclose(resample(wave, source, target), expected, atol=1e-12)
+
+
 @pytest.mark.parametrize("source", [44_100, 48_000, 22_050])
 def test_resample_lets_nothing_alias(source):
     for f in (8_010, 9_000, 0.49 * source):
