@@ -31,7 +31,7 @@ def time_mask(log_mel, rand, padding_mask=None, share=0.2):
     width = rand[:, 0] * share * frames
     start = rand[:, 1] * (frames - width)
     t = torch.arange(T, device=log_mel.device) + 0.5
-    hidden = (t > start[:, None]) & (t < (start + width)[:, None])              # (B, T)
+    hidden = (t >= start[:, None]) & (t < (start + width)[:, None])              # (B, T)
     return log_mel.masked_fill(hidden[:, :, None], 0)
 
 

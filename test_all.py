@@ -902,6 +902,8 @@ def test_time_mask_hides_one_interval_within_the_clip():
             assert all(t < frames for t in inside)
             if inside:
                 assert abs(inside[0] - start * (frames - width * 0.2 * frames)) <= 1
+    one = augment.time_mask(torch.ones(1, 8, 64), torch.tensor([[0.25, 0.5]]), share=0.5)       # from 3.5 to 4.5
+    assert (one == 0).all(2).nonzero().tolist() == [[0, 3]]     # frames count by their middle, the beginning is within
 
 
 def test_mixup_is_equation_2():
