@@ -1253,6 +1253,13 @@ def test_all_paths_hear_the_same_whatever_the_level_and_the_offset(tmp_path):
         assert torch.equal(predicted, in_training)
 
 
+def test_pack_tells_how_long_it_took(tmp_path, monkeypatch, call):
+    monkeypatch.setattr(datasets, "time", types.SimpleNamespace(time=iter([100.0, 130.0]).__next__))
+    write_wav(tmp_path / "in" / "a.wav", 360)
+    assert "1 recordings, 0.10 hours, in" in (printed := call("datasets.py", "pack", tmp_path / "in", tmp_path / "out"))
+    assert "; 0.5 min, 0.2 hours a minute" in printed
+
+
 def test_silent_is_what_never_reaches_minus_60_db(tmp_path, call):
     (tmp_path / "in").mkdir()
     tone = np.sin(np.arange(16_000))
