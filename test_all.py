@@ -2813,6 +2813,7 @@ def test_a_bar_is_gone_at_its_end_and_in_no_log():
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert datasets.find_device() == torch.device("cuda", 0)            # without torchrun
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert datasets.find_device() == torch.device("cuda", 1)
