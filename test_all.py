@@ -2327,7 +2327,7 @@ def test_the_log_tells_the_speed(pretrained, tmp_path, monkeypatch, call):
             pytest.approx(clips_per_second, abs=0.06), pytest.approx(clips_per_second * flops / 1e12, abs=6e-4))
         assert all(len(str(line[name]).partition(".")[2]) <= digits for name, digits in (
             ("clips_per_second", 1), ("tflops", 3)))
-    assert "6 updates in 0.0 min" in printed
+    assert "6 updates in 0.0 min" in printed and f"finetune.py --init {tmp_path / 'run'}\n" in printed
     with monkeypatch.context() as patch:
         patch.setattr(pretrain, "learning_rate", fail_at(2, lambda: signal.raise_signal(signal.SIGINT), lambda *_: 0))
         call("pretrain.py", *pretrained[0], "--out", tmp_path / "stopped", code=130)
