@@ -353,7 +353,7 @@ def split(data, folds, fold, fraction, args):
         valid = training[:0]
     if args.validate and len(valid) == 0:
         if fold is None:
-            valid = np.setdiff1d(training, data.subset(training).fraction(0.9, args.seed).rows)     # of the whole set
+            valid = np.setdiff1d(training, data.subset(training).fraction(0.9, args.seed).rows)     # rows of `data`
         else:
             if len(folds) < 3:
                 raise InputError("--validate needs three folds at least: to train, to validate, to test")
@@ -410,7 +410,7 @@ def train(model, frontend, training, valid, args, label, save, state):
     for update, (waveform, lengths, numbers) in enumerate(loader, done):
         for group in optimizer.param_groups:
             group["lr"] = group["lr_share"] * three_stage_lr(update, args.updates, args.lr, args.stages)
-        # Of augmentation, the same on any device; of dropout (2).
+        # Random numbers for augmentation (1), the same on any device, and for dropout (2).
         generator = torch.Generator().manual_seed(derive_seed(1, args.seed, update))
         torch.manual_seed(derive_seed(2, args.seed, update, rank()))
         versions, padding = augment_batch(waveform.to(device, non_blocking=True), lengths, frontend, args, generator)
