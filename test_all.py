@@ -124,6 +124,11 @@ def parse_finetune(*options):
     return finetune.parse(options)[0]
 
 
+def clock(step):
+    """A module `time` whose clock goes on by so many seconds whenever it is looked at."""
+    return types.SimpleNamespace(time=map(step.__mul__, itertools.count(1000)).__next__)
+
+
 def spy(monkeypatch, owner, name):
     """Record the calls of a function: a list of (inputs, output)."""
     original, calls = getattr(owner, name), []
@@ -1254,10 +1259,10 @@ def test_all_paths_hear_the_same_whatever_the_level_and_the_offset(tmp_path):
 
 
 def test_pack_tells_how_long_it_took(tmp_path, monkeypatch, call):
-    monkeypatch.setattr(datasets, "time", types.SimpleNamespace(time=iter([100.0, 130.0]).__next__))
+    monkeypatch.setattr(datasets, "time", clock(30.0))
     write_wav(tmp_path / "in" / "a.wav", 360)
-    assert "1 recordings, 0.10 hours, in" in (printed := call("datasets.py", "pack", tmp_path / "in", tmp_path / "out"))
-    assert "; 0.5 min, 0.2 hours a minute" in printed
+    printed = call("datasets.py", "pack", tmp_path / "in", tmp_path / "out")
+    assert "1 recordings, 0.10 hours, in" in printed and "; 0.5 min, 0.2 hours a minute" in printed
 
 
 def test_silent_is_what_never_reaches_minus_60_db(tmp_path, call):
@@ -2311,11 +2316,6 @@ def test_pretraining_writes_log_and_checkpoint(pretrained, tmp_path, call):
     assert checkpoint["frontend"]["std"].mean() > 1             # fitted, not the initial ones
     group = checkpoint["optimizer"]["param_groups"][0]
     assert group["betas"] == (0.9, 0.98) and group["weight_decay"] == 0.01          # the paper's
-
-
-def clock(step):
-    """A module `time` whose clock goes on by so many seconds whenever it is looked at."""
-    return types.SimpleNamespace(time=map(step.__mul__, itertools.count(1000)).__next__)
 
 
 def test_the_log_tells_the_speed(pretrained, tmp_path, monkeypatch, call):
