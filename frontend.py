@@ -113,30 +113,20 @@ class LogMel(nn.Module):
         waveform (B, S) as in `forward`; lengths (B,) in samples: what lies behind is padding.
         Raises ValueError where there is no frame at all.
         """
-        def real_frames():
-            for waveform, lengths in batches:
-                log_mel = self(waveform, lengths)
-                padding = padding_mask(lengths, log_mel)
-                yield log_mel.flatten(0, 1) if padding is None else log_mel[~padding]
-
         self.mean.zero_()
         self.std.fill_(1)
-        mean, variance = mean_and_variance(real_frames())
+        count = total = squares = 0
+        for waveform, lengths in batches:
+            log_mel = self(waveform, lengths)
+            padding = padding_mask(lengths, log_mel)
+            frames = (log_mel.flatten(0, 1) if padding is None else log_mel[~padding]).cpu().double()
+            count, total, squares = count + len(frames), total + frames.sum(0), squares + frames.square().sum(0)
+        if count == 0:
+            raise ValueError("there is nothing to compute mean and standard deviation from")
+        mean = total / count
         self.mean.copy_(mean)
         # The floor keeps a band that is constant (all silence) from being blown up.
-        self.std.copy_(variance.clamp(min=1e-4).sqrt())
-
-
-def mean_and_variance(parts):
-    """Mean and variance (D,), float64, over the rows of tensors (N, D), of which only one is in memory at a time.
-    Raises ValueError where there is no row."""
-    count = total = squares = 0
-    for x in parts:
-        x = x.cpu().double()
-        count, total, squares = count + len(x), total + x.sum(0), squares + x.square().sum(0)
-    if count == 0:
-        raise ValueError("there is nothing to compute mean and standard deviation from")
-    return total / count, squares / count - (total / count).square()
+        self.std.copy_((squares / count - mean.square()).clamp(min=1e-4).sqrt())
 
 
 def resample(waveform, from_rate, to_rate):
