@@ -49,7 +49,7 @@ class Clip(NamedTuple):
     """A recording, and what a data set's tables say about it."""
     name: str               # unique in the data set
     labels: tuple           # names, later numbers, of its classes
-    split: str              # "train", "valid" or "test", or the number of the fold whose test clip it is; or ""
+    split: str              # "train", "valid" or "test", or the number of the fold whose test clip it is; "" as yet
     path: Path | None       # the file; None where it is missing
     group: str = ""         # clips of one group, cut from one recording perhaps, stay on one side of a split
     samples: int = 0        # at 16 kHz, once it is decoded
@@ -530,7 +530,7 @@ def synth_clip(index, split="unlabelled", seconds=5.0):
     Returns the int16 waveform (S,) and the events: a list of (onset, offset, class), in seconds.
     """
     rng = np.random.default_rng([SPLITS.index(split), index])
-    n = int(seconds * SAMPLE_RATE)
+    n = round(seconds * SAMPLE_RATE)
     waveform, events = _noise(rng, n, slope=rng.uniform(-2, 0)), []
     weights = 1 / np.arange(2, len(SOUND_CLASSES) + 2)
     for kind in rng.choice(list(SOUND_CLASSES), rng.integers(1, 4), replace=False, p=weights / weights.sum()):
@@ -722,7 +722,8 @@ def folder(index):
     if not clips:
         raise InputError(f"{root}: no sub-folders with recordings, one a class, in it")
     exact = [name for name, words in classes.items() if words and words <= SPLITS_OF_OTHERS]
-    if len(exact) > 1 or all(words & SPLITS_OF_OTHERS for words in classes.values()):
+    named = set.union(*classes.values()) & SPLITS_OF_OTHERS                 # train_horn and train_brakes may be classes
+    if len(exact) > 1 or all(words & SPLITS_OF_OTHERS for words in classes.values()) and named != {"train"}:
         raise InputError(f"{root}: its folders {', '.join(sorted(classes)[:3])} look like splits, not classes: name "
                          "the folder above the classes, or write a table with a column split (--data csv)")
     if len(files) > len(clips):
@@ -740,10 +741,6 @@ def own_table(index):
         split = str(int(split)) if split.isdecimal() else {"val": "valid", "validation": "valid"}.get(split, split)
         clips.append(Clip(row["file"], tuple(filter(None, labels)), split, recording if recording.is_file() else None,
                           (row.get("group") or "").strip()))
-    splits = {clip.split for clip in clips}
-    if not (splits <= {""} or splits <= {"train", "valid", "test"} or all(split.isdecimal() for split in splits)):
-        raise InputError(f"{path}: split must be train, valid or test, or the number of a fold, in all "
-                         f"lines, not {', '.join(sorted(splits))}")
     return clips, None
 
 
@@ -840,7 +837,6 @@ class ClipSet:
         self.crops = np.ones(len(clips), np.int64) if crops is None else crops
         self.names, self.labels = [clip.name for clip in clips], [clip.labels for clip in clips]
         self.splits, self.lengths = np.array([clip.split for clip in clips]), np.array([clip.samples for clip in clips])
-        self.groups = np.array([clip.group or clip.name for clip in clips])
 
     def __len__(self):
         return len(self.clips)
@@ -849,6 +845,11 @@ class ClipSet:
         """The same set with these clips only. Waveforms are not copied."""
         return ClipSet([self.clips[i] for i in indices], self.waveforms, self.classes, self.metric, self.seconds,
                        self.rows[indices], self.crops[indices])
+
+    @functools.cached_property
+    def groups(self):
+        """The group of each clip, which is its name where it has none: (N,). Pre-training needs none of them."""
+        return np.array([clip.group or clip.name for clip in self.clips])
 
     def waveform(self, i):
         """Clip i, whole: int16 (S,)."""
@@ -945,6 +946,10 @@ def read_tables(data, root):
         clips = group_copies(clips)
         if not any(clip.split for clip in clips):
             clips = split_train_test(clips)
+    splits = {clip.split for clip in clips}
+    if not (splits <= {"train", "valid", "test"} or all(split.isdecimal() for split in splits)):
+        raise InputError(f"{root}: split must be train, valid or test, or the number of a fold, of all clips, "
+                         f"not {', '.join(sorted(splits))}")
     clips = merge_duplicates(clips)
     if metric is None:
         metric = "accuracy" if all(len(clip.labels) == 1 for clip in clips) else "mAP"
@@ -999,10 +1004,13 @@ def load_labelled(data, root=None, workers=None):
 # ---------------------------------------------------------------------------------------------- batches
 
 
-@functools.lru_cache(maxsize=1024)
 def shuffled(count, *seed):
     """A random order of range(count), the same for the same seed."""
     return np.random.default_rng(seed).permutation(count)
+
+
+# Orders are kept for the draws that follow: of all crops, which may take 200 MB each, but two.
+epoch_order, class_order = functools.lru_cache(2)(shuffled), functools.lru_cache(1024)(shuffled)
 
 
 def derive_seed(*numbers):
@@ -1026,11 +1034,11 @@ class ClipStream(torch.utils.data.Dataset):
         """Which clip comes n-th in the stream."""
         if self.clips_by_class is None:
             epoch, position = divmod(n, int(self.ends[-1]))
-            return int(np.searchsorted(self.ends, shuffled(int(self.ends[-1]), self.seed, epoch)[position], "right"))
+            return int(np.searchsorted(self.ends, epoch_order(int(self.ends[-1]), self.seed, epoch)[position], "right"))
         turn, position = divmod(n, len(self.clips_by_class))
-        c = shuffled(len(self.clips_by_class), self.seed, turn)[position]
+        c = class_order(len(self.clips_by_class), self.seed, turn)[position]
         epoch, position = divmod(turn, len(self.clips_by_class[c]))
-        return int(self.clips_by_class[c][shuffled(len(self.clips_by_class[c]), self.seed, c, epoch)[position]])
+        return int(self.clips_by_class[c][class_order(len(self.clips_by_class[c]), self.seed, c, epoch)[position]])
 
     def __getitem__(self, n):
         i = self.number(n)

@@ -9,7 +9,7 @@ ESC-50 or ESC-10, all five folds, from your own pre-training, with all labels an
 Several GPUs: `torchrun --nproc_per_node=8 finetune.py ...`. Then use the result:
     python finetune.py --predict dog.wav rain.mp3 --init runs/finetune
     python finetune.py --embed dog.wav rain.mp3 --init runs/finetune --out embeddings.npy
-    python finetune.py --predict dog.wav --init runs/finetune --plot dog.png --tsv events.tsv
+    python finetune.py --predict dog.wav --init runs/finetune --plot dog.png
 The run's folder has a model for each fold and fraction, and a line of JSON for each in results.jsonl.
 
 Shapes: B clips, S samples, T frames, L latents in time, D width, C classes. A layer is a conformer block, counted from
@@ -38,7 +38,7 @@ import augment
 import metrics
 from conformer import BatchNorm
 from datasets import (READERS, Bar, InputError, Parser, batches, claim, collate, derive_seed, file_path, find_device,
-                      in_range, load_labelled, open_audio, progress, rank, read_blocks, reading, run_script, say,
+                      in_range, load_labelled, progress, rank, read_blocks, reading, run_script, say,
                       to_int16, world_size, write_events, write_whole)
 from frontend import HOP, MELS, SAMPLE_RATE, LogMel, frame_count, padding_mask
 from pretrain import (MAX_CONSECUTIVE_SKIPS, SIGNALS, add_running_options, agree, all_reduce, autocast, compile_blocks,
@@ -161,23 +161,23 @@ class Classifier(nn.Module):
         return self
 
     def frame_logits(self, x, padding_mask=None):
-        """Embeddings (B, L, D), padding_mask (B, L) or None -> logits (B, L, C), float32: in bf16 many would tie."""
-        with torch.autocast(x.device.type, enabled=False):
-            x = x.float()
-            if self.standardise is not None:
-                x = self.standardise(x, padding_mask)
-            return self.linear(self.dropout(x))
+        """Embeddings (B, L, D), padding_mask (B, L) or None -> logits (B, L, C)."""
+        if self.standardise is not None:
+            x = self.standardise(x, padding_mask)
+        return self.linear(self.dropout(x))
 
     def clip_logits(self, x, padding_mask=None):
         """The head: embeddings (B, L, D) and their padding mask (B, L) or None -> logits (B, C)."""
         if self.head == "frames":
             return linear_softmax(self.frame_logits(x, padding_mask), padding_mask)
         pooling, _ = POOLINGS[self.head]
-        return self.frame_logits(pooling(x.float(), padding_mask)[:, None])[:, 0]           # a clip as a single step
+        return self.frame_logits(pooling(x, padding_mask)[:, None])[:, 0]           # a clip as a single step
 
     def forward(self, log_mel, padding_mask=None):
         """log_mel (B, T, 64), padding_mask (B, T) or None -> logits (B, C), float32."""
-        return self.clip_logits(*self.encoder.encode(log_mel, padding_mask, self.layer))
+        x, padding_mask = self.encoder.encode(log_mel, padding_mask, self.layer)
+        with torch.autocast(x.device.type, enabled=False):          # in bf16 many logits would tie
+            return self.clip_logits(x.float(), padding_mask)
 
     def probabilities(self, logits):
         """Logits (B, C) -> probabilities (B, C)."""
@@ -353,7 +353,10 @@ def split(data, folds, fold, fraction, args):
         valid = training[:0]
     if args.validate and len(valid) == 0:
         if fold is None:
-            valid = np.setdiff1d(training, data.subset(training).fraction(0.9, args.seed).rows)     # rows of `data`
+            groups = data.groups[training]
+            first = training[np.sort(np.unique(groups, return_index=True)[1])]                  # clip of each group
+            held_out = np.setdiff1d(first, data.subset(first).fraction(0.9, args.seed).rows)    # rows of `data`
+            valid = training[np.isin(groups, data.groups[held_out])]
         else:
             if len(folds) < 3:
                 raise InputError("--validate needs three folds at least: to train, to validate, to test")
@@ -394,9 +397,9 @@ def train(model, frontend, training, valid, args, label, save, state):
     row that are not finite."""
     device = frontend.mean.device
     wrapped = model if world_size() == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [dict(params=model.linear.parameters(), lr_share=1.0),
-              dict(params=[p for p in model.encoder.parameters() if p.requires_grad], lr_share=args.encoder_lr)]
+    encoder = [p for p in model.encoder.parameters() if p.requires_grad]
+    head = [p for name, p in model.named_parameters() if not name.startswith("encoder.")]
+    groups = [dict(params=head, lr_share=1.0), dict(params=encoder, lr_share=args.encoder_lr)]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=device.type != "mps")
     done, scores, best_weights, skips_in_a_row = state["update"], dict(best=None, last=None), None, 0
     if done:
@@ -417,7 +420,7 @@ def train(model, frontend, training, valid, args, label, save, state):
         target = torch.from_numpy(training.targets(numbers)).to(device)
         loss = add_gradients(wrapped, versions, padding, target, args)
         sums = all_reduce(dict(loss=loss / world_size(), signals=torch.full_like(loss, len(SIGNALS))))
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)                          # pretrain.py's --max-grad-norm
+        norm = torch.nn.utils.clip_grad_norm_(encoder + head, 1.0)                      # pretrain.py's --max-grad-norm
         figures = fetch(dict(sums, norm=norm))
         finite = all(map(math.isfinite, figures.values()))
         if finite:
@@ -517,9 +520,6 @@ def compute_logits(model, frontend, data, args, batch_seconds=320):
 # -------------------------------------------------------------------------------------------------------- using a model
 
 
-LONGEST = 12            # hours of a recording that --predict and --embed take: 2.2 GB in `large`
-
-
 def run_inference(args):
     """--predict and --embed. Raises InputError at the end for recordings that can't be read."""
     device, sounds = find_device(args.device), args.predict or args.embed
@@ -605,17 +605,13 @@ def load_run(run, device="cpu"):
 @torch.no_grad()
 def encode_recording(path, model, frontend, layer=None, notes=None):
     """A recording of any length and rate, each minute by itself: its log-mels (T, 64) and embeddings (L, D) by block
-    `layer` (None: the one that a classifier reads). Raises InputError for what `read_blocks` can't read, and more than
-    LONGEST hours; so do `embed` and `predict`."""
-    with open_audio(path) as (file, _, promised):
-        hours = (promised or 0) / file.samplerate / 3600
+    `layer` (None: the one that a classifier reads). Raises InputError for what `read_blocks` can't read; so do `embed`
+    and `predict`."""
     encoder, device = getattr(model, "encoder", model), frontend.mean.device
     stack = encoder.settings["stack"]
     window = 3000 // stack * stack * HOP / SAMPLE_RATE              # so that latents stay evenly spaced
     log_mels, embeddings = [], []
     for block in progress(read_blocks(path, window, notes), Path(path).name, unit=" min"):
-        if max(hours, len(log_mels) / 60) > LONGEST:
-            raise InputError(f"{path}: is longer than {LONGEST} hours; cut it into parts")
         if len(block) < HOP and log_mels:
             break               # next to nothing is left
         log_mel = frontend(torch.from_numpy(to_int16(block)[0])[None].to(device))
@@ -827,7 +823,7 @@ def parse(argv=None):
             (abs(sum(args.stages) - 1) > 1e-3, f"--stages {args.stages} must be three shares that sum to 1"),
             (args.loss == "ce" and args.head == "frames",
              "--loss ce is for --head mean or stats: it leaves frame probabilities without a scale"),
-            ((args.freeze or args.head == "stats") and 1 in (args.batch_size, args.micro_batch),
+            ((args.head == "stats" or args.freeze and args.head == "mean") and 1 in (args.batch_size, args.micro_batch),
              "--freeze and --head stats standardise over a batch, which needs two clips at least: raise --batch-size "
              "or --micro-batch, or use --head mean without --freeze"),
             (args.size and args.init, "--size is for training from scratch: with --init it is that of the run"),

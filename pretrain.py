@@ -292,7 +292,7 @@ def parse(argv=None):
     """The options of a run, with what its size leaves open filled in, and the checkpoint to resume from or None.
     Raises InputError for impossible options."""
     parser = Parser(prog="pretrain.py", description=__doc__)
-    count, size, positive = in_range(int, 1, 10**9), in_range(int, 1, 16_384), in_range(float, 1e-12, 1e6)
+    count, positive = in_range(int, 1, 10**9), in_range(float, 1e-12, 1e6)
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", default=["synth"], help="'synth' (made on the fly), or folders that `datasets.py pack` "
         "wrote", type=file_path)
@@ -308,19 +308,17 @@ def parse(argv=None):
     add = parser.add_argument_group("model", "Settings of the size that can be changed.").add_argument
     add("--size", choices=SIZES, default="tiny", help="tiny for a laptop, small and large are the paper's "
         "(%(default)s)")
-    for name, kind, text in (
-            ("dim", size, "D, width of the conformer"), ("blocks", size, "conformer blocks (Fig. 2b)"),
-            ("heads", size, "attention heads (Fig. 2c)"), ("ffn-dim", size, "units in feed-forward networks"),
-            ("first-kernel", size, "steps of the first block's convolution (31)"),
-            ("kernel", size, "steps of the other blocks' (15)"),
-            ("dropout", in_range(float, 0, 0.99), "share of activations dropped (0.1)"),
-            ("stack", size, "R, log-mel frames in a latent (4)"), ("latent-dim", size, "width of a latent (256)"),
-            ("mask-prob", in_range(float, 0, 1), "share of latents masked (0.3); more makes the task harder"),
-            ("mask-length", size, "latents in a masked span (3); shorter ones are easier to predict"),
-            ("distractors", size, "K (100)"),
-            ("temperature", positive, "divides similarities (0.1); larger blurs the choice")):
-        add(f"--{name}", type=kind, help=text)
-    add("--norm", choices=NORMS, help="in the convolution (group)")
+    for name, text in (
+            ("dim", "D, width of the conformer"), ("blocks", "conformer blocks (Fig. 2b)"),
+            ("heads", "attention heads (Fig. 2c)"), ("ffn-dim", "units in feed-forward networks"),
+            ("first-kernel", "steps of the first block's convolution (31)"), ("kernel", "steps of the others' (15)"),
+            ("dropout", "share of activations dropped (0.1)"), ("stack", "R, log-mel frames in a latent (4)"),
+            ("latent-dim", "width of a latent (256)"),
+            ("mask-prob", "share of latents masked (0.3); more makes the task harder"),
+            ("mask-length", "latents in a masked span (3); shorter ones are easier to predict"),
+            ("distractors", "K (100)"), ("temperature", "divides similarities (0.1); larger blurs the choice"),
+            ("norm", f"in the convolution: {' or '.join(NORMS)} (group)")):
+        add(f"--{name}", type=type({**SIZES["tiny"], **COMMON}[name.replace("-", "_")]), help=text)
 
     add = parser.add_argument_group("optimisation (Sec. 2.3)").add_argument
     add("--updates", type=count, help="of the whole run (tiny: 400, else 300000)")
