@@ -38,7 +38,7 @@ import augment
 import metrics
 from conformer import BatchNorm
 from datasets import (READERS, Bar, InputError, Parser, batches, claim, collate, derive_seed, file_path, find_device,
-                      in_range, load_labelled, progress, rank, read_blocks, reading, run_script, say,
+                      in_range, load_labelled, open_audio, progress, rank, read_blocks, reading, run_script, say,
                       to_int16, world_size, write_events, write_whole)
 from frontend import HOP, MELS, SAMPLE_RATE, LogMel, frame_count, padding_mask
 from pretrain import (MAX_CONSECUTIVE_SKIPS, SIGNALS, add_running_options, agree, all_reduce, autocast, compile_blocks,
@@ -520,6 +520,9 @@ def compute_logits(model, frontend, data, args, batch_seconds=320):
 # -------------------------------------------------------------------------------------------------------- using a model
 
 
+LONGEST = 12            # hours of a recording that --predict and --embed take: 2.2 GB in `large`
+
+
 def run_inference(args):
     """--predict and --embed. Raises InputError at the end for recordings that can't be read."""
     device, sounds = find_device(args.device), args.predict or args.embed
@@ -605,13 +608,17 @@ def load_run(run, device="cpu"):
 @torch.no_grad()
 def encode_recording(path, model, frontend, layer=None, notes=None):
     """A recording of any length and rate, each minute by itself: its log-mels (T, 64) and embeddings (L, D) by block
-    `layer` (None: the one that a classifier reads). Raises InputError for what `read_blocks` can't read; so do `embed`
-    and `predict`."""
+    `layer` (None: the one that a classifier reads). Raises InputError for what `read_blocks` can't read, and more than
+    LONGEST hours; so do `embed` and `predict`."""
+    with open_audio(path) as (file, _, promised):
+        hours = (promised or 0) / file.samplerate / 3600
     encoder, device = getattr(model, "encoder", model), frontend.mean.device
     stack = encoder.settings["stack"]
     window = 3000 // stack * stack * HOP / SAMPLE_RATE              # so that latents stay evenly spaced
     log_mels, embeddings = [], []
     for block in progress(read_blocks(path, window, notes), Path(path).name, unit=" min"):
+        if max(hours, len(log_mels) / 60) > LONGEST:
+            raise InputError(f"{path}: is longer than {LONGEST} hours; cut it into parts")
         if len(block) < HOP and log_mels:
             break               # next to nothing is left
         log_mel = frontend(torch.from_numpy(to_int16(block)[0])[None].to(device))

@@ -3157,6 +3157,20 @@ def test_embeddings_of_any_run(finetuned, pretrained, tmp_path, call):
                 np.testing.assert_allclose(row, torch.cat([x.mean(0), x.std(0, correction=0)]), atol=1e-3)
 
 
+def test_a_recording_of_too_many_hours_is_to_be_cut(finetuned, tmp_path, monkeypatch, call):
+    """Told by its header or, where that is missing, once it has been read so far."""
+    monkeypatch.setattr(finetune, "LONGEST", 1 / 60)
+    write_wav(tmp_path / "a.wav", 61)
+    assert "longer than" in call("finetune.py", "--predict", tmp_path / "a.wav", "--init", finetuned, code=2)
+    monkeypatch.setattr(finetune, "read_blocks", lambda *options: (np.zeros(960_000, np.float32) for _ in range(3)))
+    model, front, _ = finetune.load_run(finetuned)
+    write_wav(tmp_path / "b.wav", 1)
+    with pytest.raises(InputError, match="b.wav: is longer than"):
+        finetune.embed(tmp_path / "b.wav", model, front)
+    monkeypatch.undo()
+    assert finetune.LONGEST == 12 and finetune.embed(tmp_path / "a.wav", model, front).shape == (32,)
+
+
 def test_events_are_written_as_dcase_has_them(finetuned, tmp_path, call):
     for name in ("a.wav", "b.wav"):
         write_wav(tmp_path / name, 2, frequency=900)
