@@ -679,7 +679,8 @@ def test_collapse_is_warned_of():
     torch.nn.init.zeros_(model.features.linear.bias)
     collapsed = wav2vec2.summarize(pretrain.fetch(model(log_mel).sums))
     assert "collapsed" in wav2vec2.collapse_warning(collapsed) and collapsed["dropped"] > 0
-    assert "silence" in wav2vec2.collapse_warning({**healthy, "duplicates": 0.7})
+    assert "silence" in wav2vec2.collapse_warning({**healthy, "duplicates": 0.51})
+    assert wav2vec2.collapse_warning({**healthy, "duplicates": 0.5}) is None
 
 
 @pytest.mark.parametrize("changes", [dict(mask_prob=0.5), dict(mask_length=1), dict(distractors=7),
