@@ -49,7 +49,7 @@ class Clip(NamedTuple):
     """A recording, and what a data set's tables say about it."""
     name: str               # unique in the data set
     labels: tuple           # names, later numbers, of its classes
-    split: str              # "train", "valid" or "test", or the number of the fold whose test clip it is; "" as yet
+    split: str              # "train", "valid", "test", or the fold whose test clip it is; "": not split yet
     path: Path | None       # the file; None where it is missing
     group: str = ""         # clips of one group, cut from one recording perhaps, stay on one side of a split
     samples: int = 0        # at 16 kHz, once it is decoded
