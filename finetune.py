@@ -366,7 +366,7 @@ def split(data, folds, fold, fraction, args):
         raise InputError(f"{args.data}: {f'fold {fold}' if fold else 'its splits'} give {len(training)} "
                          f"clips to train on and {len(test)} to test on; is the set's table whole?")
     if args.validate and len(valid) == 0:
-        raise InputError(f"--validate: {args.data} has too few clips of a class to hold out a tenth")
+        raise InputError(f"--validate: {args.data} has too few clips or groups of a class to hold out a tenth")
     training = data.subset(training)
     if fraction < 1:
         training = training.fraction(fraction, args.seed)
