@@ -723,7 +723,7 @@ def folder(index):
         raise InputError(f"{root}: no sub-folders with recordings, one a class, in it")
     exact = [name for name, words in classes.items() if words and words <= SPLITS_OF_OTHERS]
     named = set.union(*classes.values()) & SPLITS_OF_OTHERS                 # train_horn and train_brakes may be classes
-    if len(exact) > 1 or all(words & SPLITS_OF_OTHERS for words in classes.values()) and named != {"train"}:
+    if len(exact) > 1 or all(words & SPLITS_OF_OTHERS for words in classes.values()) and (exact or named != {"train"}):
         raise InputError(f"{root}: its folders {', '.join(sorted(classes)[:3])} look like splits, not classes: name "
                          "the folder above the classes, or write a table with a column split (--data csv)")
     if len(files) > len(clips):
@@ -929,6 +929,10 @@ def read_tables(data, root):
         raise InputError(f"--data {data} needs --root, the {place}")
     index = FileIndex(root)
     named, classes = reader(index)
+    splits = {clip.split for clip in named}
+    if not (splits <= {""} or splits <= {"train", "valid", "test"} or all(split.isdecimal() for split in splits)):
+        raise InputError(f"{root}: split must be train, valid or test, or the number of a fold, of all clips, "
+                         f"not {', '.join(sorted(splits))}")
     classes = classes or sorted({label for clip in named for label in clip.labels})
     number = {name: c for c, name in enumerate(classes)}
     clips = [clip._replace(labels=tuple(number[label] for label in clip.labels)) for clip in named
@@ -946,10 +950,6 @@ def read_tables(data, root):
         clips = group_copies(clips)
         if not any(clip.split for clip in clips):
             clips = split_train_test(clips)
-    splits = {clip.split for clip in clips}
-    if not (splits <= {"train", "valid", "test"} or all(split.isdecimal() for split in splits)):
-        raise InputError(f"{root}: split must be train, valid or test, or the number of a fold, of all clips, "
-                         f"not {', '.join(sorted(splits))}")
     clips = merge_duplicates(clips)
     if metric is None:
         metric = "accuracy" if all(len(clip.labels) == 1 for clip in clips) else "mAP"

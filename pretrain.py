@@ -49,7 +49,7 @@ from wav2vec2 import COMMON, SIZES, Wav2Vec2, collapse_warning, span_mask, summa
 PAPER = dict(updates=300_000, warmup=10_000, lr=3e-4, batch_size=256, seconds=10.0, checkpoint_every=5000)
 SCHEDULES = dict(tiny=dict(updates=400, warmup=40, lr=1e-3, batch_size=32, seconds=5.0, checkpoint_every=500),
                  small=PAPER, large=PAPER)
-SETTINGS = (*SIZES["tiny"], *COMMON)        # names of a model's settings, the same in every size
+SETTINGS = {**SIZES["tiny"], **COMMON}      # a model's settings: names and types are the same in every size
 MAX_CONSECUTIVE_SKIPS = 10                  # updates in a row that may be skipped because they are not finite
 
 # Options that hold for one start only, which a resumed run does not take over; and options that may differ when a run
@@ -318,7 +318,7 @@ def parse(argv=None):
             ("mask-length", "latents in a masked span (3); shorter ones are easier to predict"),
             ("distractors", "K (100)"), ("temperature", "divides similarities (0.1); larger blurs the choice"),
             ("norm", f"in the convolution: {' or '.join(NORMS)} (group)")):
-        add(f"--{name}", type=type({**SIZES["tiny"], **COMMON}[name.replace("-", "_")]), help=text)
+        add(f"--{name}", type=type(SETTINGS[name.replace("-", "_")]), help=text)
 
     add = parser.add_argument_group("optimisation (Sec. 2.3)").add_argument
     add("--updates", type=count, help="of the whole run (tiny: 400, else 300000)")

@@ -699,7 +699,7 @@ def test_impossible_models_are_refused():
     for changes, word in ((dict(size="huge"), "huge"), (dict(depth=3), "depth"),
                           (dict(heads=5), "heads"), (dict(mask_prob=1.5), "mask_prob"), (dict(blocks=0), "blocks"),
                           (dict(first_kernel=10**14 + 1), "first_kernel"), (dict(dropout=0.9999999), "dropout"),
-                          (dict(kernel=8), "odd")):
+                          (dict(kernel=8), "odd"), (dict(temperature=math.inf), "temperature")):
         with pytest.raises(ValueError, match=word):
             Wav2Vec2(**{"size": "tiny", **changes})
 
@@ -1983,7 +1983,7 @@ def test_a_row_for_each_label_is_one_clip(tmp_path):
 
 
 @pytest.mark.parametrize("dirs", [("train/dog", "train/cat", "test/dog"), ("fold1/dog", "fold2/dog"), ("Training/x",), (
-    "audio_train/a", "audio_test/a"), ("train1/a", "holdout/b")])
+    "audio_train/a", "audio_test/a"), ("train1/a", "holdout/b"), ("train/dog", "train/cat"), ("train/a", "my_train/a")])
 def test_folders_of_splits_are_no_classes(tmp_path, dirs):
     """They would be told from one another, with a fine accuracy."""
     for i, name in enumerate(dirs):
@@ -3038,12 +3038,11 @@ def test_runs_give_the_figures_they_gave_when_the_readme_was_measured(pretrained
     """Whoever changes what a run draws or computes, and means to, measures the README's results again. Without dropout
     of the head, which is torch's: other versions draw it in another way."""
     table = write_table(tmp_path, *(f"{i}.wav,{'ab'[i % 2]},train" for i in range(4)), "4.wav,a,test")
-    original, figures = finetune.fetch, []
-    monkeypatch.setattr(finetune, "fetch", lambda sums: figures.append(original(sums)) or figures[-1])
+    fetched = spy(monkeypatch, finetune, "fetch")
     call("finetune.py", "--data", "csv", "--root", table, "--init", pretrained[1], "--updates", 3, "--batch-size", 4,
          "--augment", "jitter", "time_mask", "mixup", "--consistency", 2, "--head-dropout", 0,
          "--out", tmp_path / "run")
-    assert [x["loss"] for x in figures] == pytest.approx([0.94386, 0.83773, 0.95520], abs=2e-4)
+    assert [figures["loss"] for _, figures in fetched] == pytest.approx([0.94386, 0.83773, 0.95520], abs=2e-4)
     log, held_out = read_log(pretrained[1])
     assert [line["loss"] for line in log] == pytest.approx([5.22147, 5.13273, 5.08248], abs=2e-4)
     assert held_out[0]["held_out_loss"] == pytest.approx(5.88700, abs=2e-4)
