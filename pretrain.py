@@ -75,11 +75,10 @@ def main():
     device, world, local_batch = init_distributed(args), world_size(), args.batch_size // world_size()
     micro_batch, own_clips = args.micro_batch or local_batch, slice(rank() * local_batch, (rank() + 1) * local_batch)
     source, held_out = open_unlabelled(args.data, args.seconds)
-    digest = source.digest()
+    digest, (model, frontend) = source.digest(), build(args, checkpoint, source, device)
     if checkpoint and checkpoint["data"] != digest:
         raise InputError(f"{args.out} was trained on other recordings than {' '.join(args.data)}: name those")
     agree(args, checkpoint and checkpoint["update"], digest)
-    model, frontend = build(args, checkpoint, source, device)
     parameters, samples = list(model.parameters()), round(args.seconds * SAMPLE_RATE)
     # Adam with decoupled weight decay, as in fairseq (Sec. 2.3).
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=args.weight_decay,
