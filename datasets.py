@@ -669,8 +669,11 @@ def fsdkaggle2019(index, parts):
 
 
 def dcase2019(index):
-    """DCASE 2019 task 1a: TAU Urban Acoustic Scenes 2019, development set (Mesaros et al. 2018)."""
-    return [Clip(row["filename"], (row["scene_label"],), split, index.find(Path(row["filename"]).stem))
+    """DCASE 2019 task 1a: TAU Urban Acoustic Scenes 2019, development set (Mesaros et al. 2018).
+
+    Minutes of one place are cut into clips, named scene-city-place-clip-device: --validate holds out whole places."""
+    return [Clip(row["filename"], (row["scene_label"],), split, index.find(Path(row["filename"]).stem),
+                 Path(row["filename"]).stem.rsplit("-", 2)[0] if split == "train" else "")
             for split, table in (("train", "fold1_train.csv"), ("test", "fold1_evaluate.csv"))
             for row in read_table(index.table(table), ("filename", "scene_label"), "\t")], None
 

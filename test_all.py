@@ -1909,6 +1909,11 @@ def test_labels_of_the_data_sets(tmp_path):
     assert data.classes == ["Speech", "Gush", "Male speech, man speaking"]
     own = dict(zip(data.names, data.labels, strict=True))
     assert own["-0RWZT-miFb"] == (0, 1) and own["--4gqARaEJu"] == (2,) and own["Y0_abcdefge"] == (0,)
+    mini_dcase2019(tmp_path / "d")
+    data = load_quietly("dcase2019", tmp_path / "d")
+    own = dict(zip(data.names, data.groups, strict=True))       # clips of one place
+    assert own["audio/park-lisbon-train-3-a.wav"] == own["audio/park-lisbon-train-1-a.wav"] == "park-lisbon-train"
+    assert len(set(own.values())) == 3 + 4          # three places to train on; test clips need none
     mini_fsdkaggle2019(tmp_path / "f")
     data = load_quietly("fsdkaggle2019-noisy", tmp_path / "f")
     assert data.classes == ["Bark", "Meow", "Purr"] and (data.splits == "train").sum() == 4
