@@ -406,8 +406,9 @@ def open_unlabelled(data, seconds):
     generalises: two of `ClipSet`. data is ["synth"] or a list of packed folders.
 
     A recording as long as n crops gives ceil(n) of them in an epoch; those shorter than a crop are given whole, those
-    under a second not at all: too little to mask and to predict from. Held out is one recording in a hundred by a
-    hash of their names, at least 16 (of fewer than 80, a fifth). Raises InputError where there is none.
+    under a second not at all: too little to mask and to predict from. Nor are a labelled set's test clips. Held out is
+    one recording in a hundred by a hash of their names, at least 16 (of fewer than 80, a fifth). Raises InputError
+    where there is none.
     """
     if data == ["synth"]:
         return [ClipSet([Clip(f"synth/{split}/{i}", (), split, None, samples=round(seconds * SAMPLE_RATE))
@@ -416,12 +417,13 @@ def open_unlabelled(data, seconds):
     packed = Pack(*data)
     source = ClipSet(packed.clips, packed, seconds=seconds)
     source.crops = -(-source.lengths // round(seconds * SAMPLE_RATE))
-    usable = np.flatnonzero(source.lengths >= SAMPLE_RATE)
+    usable = np.flatnonzero((source.lengths >= SAMPLE_RATE) & (source.splits != "test"))
     if len(usable) == 0:
-        raise InputError(f"{', '.join(map(str, data))}: no recording in it is a second long")
+        raise InputError(f"{', '.join(map(str, data))}: no recording in it is a second long, or all are test clips")
     hashes = np.array([zlib.crc32(name.encode(errors="backslashreplace")) for name in source.names])
     if len(usable) < len(source):
-        say(f"{len(source) - len(usable)} of {len(source)} recordings are left out: shorter than a second")
+        say(f"{len(source) - len(usable)} of {len(source)} recordings are left out: shorter than a second, or test "
+            "clips")
     by_hash = usable[np.argsort(hashes[usable], kind="stable")]
     count = min(max(len(usable) // 100, 16), len(usable) // 5)
     return source.subset(np.sort(by_hash[count:])), source.subset(np.sort(by_hash[:count]))

@@ -2114,6 +2114,14 @@ def test_a_line_of_audioset_that_lost_its_quotes_is_named(tmp_path):
         load_quietly("audioset", tmp_path)
 
 
+def test_nothing_is_pre_trained_on_test_clips(tmp_path, call, capsys):
+    mini_dcase2019(tmp_path / "in")
+    call("datasets.py", "pack", tmp_path / "in", tmp_path / "out", "--data", "dcase2019")
+    names = [name for part in datasets.open_unlabelled([tmp_path / "out"], 1.0) for name in part.names]
+    assert len(names) == 4 and all("-train-" in name for name in names)
+    assert "4 of 8 recordings are left out: shorter than a second, or test clips" in capsys.readouterr().out
+
+
 def test_recordings_too_short_to_learn_from_are_counted(tmp_path, capsys):
     datasets.open_unlabelled([pack_tones(tmp_path, 2, 0.5, 3, 0.9)], 1.0)
     assert "2 of 4 recordings are left out: shorter than a second" in capsys.readouterr().out
