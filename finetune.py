@@ -299,14 +299,14 @@ def main():
                 write_whole(out / "results.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
             state = dict(job=job + 1, update=0)
             save(**state)
-            say(f"{name}: {'validation ' * args.no_test}{data.metric} {score:.3f} on {len(test)} clips"
-                + f" over {classes} classes" * (classes is not None) + (
-                    f" (validation: last {scores['last']:.3f}, best of up to twenty {scores['best']:.3f})" if len(valid)
-                    else "") + f", after {len(training)} clips x {args.updates * args.batch_size / len(training):.0f} "
-                f"epochs, {minutes:.1f} min\n    trained on {lines[-1]['train']}\n    tested on {lines[-1]['test']}")
+            kind, epochs = "validation " * args.no_test + data.metric, args.updates * args.batch_size / len(training)
+            say(f"{name}: {kind} {score:.3f} on {len(test)} clips" + f" over {classes} classes" * (classes is not None)
+                + (f" (validation: last {scores['last']:.3f}, best of up to twenty {scores['best']:.3f})" if len(valid)
+                   else "") + f", after {len(training)} clips x {epochs:.0f} epochs, {minutes:.1f} min\n    "
+                f"trained on {lines[-1]['train']}\n    scored on {lines[-1]['test']}")
             if args.fold == "all" and fold is not None and fold == jobs[-1][2]:
                 of_folds = [line["score"] for line in lines if line["fraction"] == fraction]
-                say(f"fraction {fraction:g}: mean {data.metric} over {len(of_folds)} folds {np.mean(of_folds):.3f} "
+                say(f"fraction {fraction:g}: mean {kind} over {len(of_folds)} folds {np.mean(of_folds):.3f} "
                     f"(standard deviation {np.std(of_folds):.3f})")
         say(f"done: {out / 'results.jsonl'}")
         finish(args)
@@ -720,9 +720,10 @@ def get_scene_embeddings(audio, model):
 # -------------------------------------------------------------------------------------------------------------- options
 
 
-# Defaults of these options, overridden by the data set's line in RECIPES. The paper names the batches of 640 and 64,
-# the heads, AudioSet's balancing, the augmentations and the weight of 2 (Sec. 4); the rest it found by sweeps that it
-# does not print. ESC-10 and synth were tried here, the others not; sets of one's own, often as small, get the same.
+# Defaults of these options, overridden by the data set's line in RECIPES. The paper names AudioSet's batch of 640 and
+# balancing, MagnaTagATune's batch of 64, the heads, the augmentations and the weight of 2 (Sec. 4); the rest it found
+# by sweeps that it does not print. ESC-10 and synth were tried here, the others not; sets of one's own, often as
+# small, get the same.
 DEFAULTS = dict(updates=2000, batch_size=32, lr=5e-4, seconds=10.0, head="mean", head_dropout=0.1,
                 balance=False, augment=["jitter", "time_mask", "mixup"], consistency=2.0, loss="bce", encoder_lr=1.0,
                 layer="last", checkpoint_every=500)

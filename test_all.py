@@ -2962,6 +2962,12 @@ def test_fine_tuning_over_folds_from_a_checkpoint(pretrained, esc50, tmp_path, c
     assert lines[0]["args"]["lr"] == finetune.FREEZE_LR
 
 
+def test_a_mean_over_folds_says_that_it_is_of_validation_clips(esc50, tmp_path, call):
+    printed = call("finetune.py", *esc50, "--fold", "all", "--updates", 1, "--validate", "--no-test", "--out",
+                   tmp_path / "run")
+    assert printed.count(": validation accuracy") == 5 and "mean validation accuracy over 5 folds" in printed
+
+
 def test_fine_tuning_learns_tones(esc50, tmp_path, call):
     call("finetune.py", *esc50, "--updates", 40, "--lr", 3e-3, "--out", tmp_path / "run")
     assert results(tmp_path / "run")[0]["score"] >= 4 / 6       # chance: 2 / 6
