@@ -674,10 +674,14 @@ def dcase2019(index):
     """DCASE 2019 task 1a: TAU Urban Acoustic Scenes 2019, development set (Mesaros et al. 2018).
 
     Minutes of one place are cut into clips, named scene-city-place-clip-device: --validate holds out whole places."""
-    return [Clip(row["filename"], (row["scene_label"],), split, index.find(Path(row["filename"]).stem),
-                 Path(row["filename"]).stem.rsplit("-", 2)[0] if split == "train" else "")
-            for split, table in (("train", "fold1_train.csv"), ("test", "fold1_evaluate.csv"))
-            for row in read_table(index.table(table), ("filename", "scene_label"), "\t")], None
+    clips = []
+    for split, table in (("train", "fold1_train.csv"), ("test", "fold1_evaluate.csv")):
+        for row in read_table(index.table(table), ("filename", "scene_label"), "\t"):
+            name = Path(row["filename"]).stem
+            # Test clips have no group: the official split is taken as it is, wherever its places lie.
+            place = name.rsplit("-", 2)[0] if split == "train" else ""
+            clips.append(Clip(row["filename"], (row["scene_label"],), split, index.find(name), place))
+    return clips, None
 
 
 def magnatagatune(index, top=50):

@@ -299,14 +299,15 @@ def main():
                 write_whole(out / "results.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
             state = dict(job=job + 1, update=0)
             save(**state)
-            kind, epochs = "validation " * args.no_test + data.metric, args.updates * args.batch_size / len(training)
-            say(f"{name}: {kind} {score:.3f} on {len(test)} clips" + f" over {classes} classes" * (classes is not None)
+            metric, epochs = "validation " * args.no_test + data.metric, args.updates * args.batch_size / len(training)
+            say(f"{name}: {metric} {score:.3f} on {len(test)} clips"
+                + f" over {classes} classes" * (classes is not None)
                 + (f" (validation: last {scores['last']:.3f}, best of up to twenty {scores['best']:.3f})" if len(valid)
                    else "") + f", after {len(training)} clips x {epochs:.0f} epochs, {minutes:.1f} min\n    "
                 f"trained on {lines[-1]['train']}\n    scored on {lines[-1]['test']}")
             if args.fold == "all" and fold is not None and fold == jobs[-1][2]:
                 of_folds = [line["score"] for line in lines if line["fraction"] == fraction]
-                say(f"fraction {fraction:g}: mean {kind} over {len(of_folds)} folds {np.mean(of_folds):.3f} "
+                say(f"fraction {fraction:g}: mean {metric} over {len(of_folds)} folds {np.mean(of_folds):.3f} "
                     f"(standard deviation {np.std(of_folds):.3f})")
         say(f"done: {out / 'results.jsonl'}")
         finish(args)
