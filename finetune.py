@@ -271,6 +271,8 @@ def main():
     device, out = init_distributed(args), Path(args.out)
     init = load_checkpoint(args.init, "pretrain.py") if args.init else None
     data = load_labelled(args.data, args.root, args.workers)
+    if args.loss is None:       # its recipe leaves that to the labels
+        args.loss = "ce" if args.head != "frames" and all(len(own) == 1 for own in data.labels) else "bce"
     jobs = plan(data, args)
     # No two pre-trainings end with the same mask embedding.
     start = init["model"]["mask_embedding"].numpy().tobytes() if init else b""
@@ -728,7 +730,8 @@ def get_scene_embeddings(audio, model):
 DEFAULTS = dict(updates=2000, batch_size=32, lr=5e-4, seconds=10.0, head="mean", head_dropout=0.1,
                 balance=False, augment=["jitter", "time_mask", "mixup"], consistency=2.0, loss="bce", encoder_lr=1.0,
                 layer="last", checkpoint_every=500)
-FEW_LABELS = dict(updates=1000, batch_size=16, lr=1e-3, seconds=5.0, head="stats", augment=["jitter"], consistency=0.0)
+FEW_LABELS = dict(updates=1000, batch_size=16, lr=1e-3, seconds=5.0, head="stats", augment=["jitter"], consistency=0.0,
+                  loss=None)            # see `main`
 RECIPES = {
     "synth": FEW_LABELS,
     "folder": FEW_LABELS,
@@ -809,7 +812,8 @@ def parse(argv=None):
     add("--encoder-lr", type=share, help="that of a pre-trained encoder, as a share of --lr (1)")
     add("--stages", type=share, nargs=3, default=[0.3, 0.3, 0.4], metavar=("WARMUP", "HOLD", "DECAY"),
         help="shares of the updates (%(default)s)")
-    add("--loss", choices=["bce", "ce"], help="binary cross-entropy or, for one label a clip, cross-entropy (bce)")
+    add("--loss", choices=["bce", "ce"], help="binary cross-entropy or, for one label a clip, cross-entropy (bce; "
+        "esc10, folder, csv ce where each clip has one and --head is not frames)")
     add("--augment", nargs="*", choices=["jitter", "time_mask", "mixup"], metavar="NAME", help="those of jitter, "
         "time_mask and mixup to apply; no name: none (all; synth, esc10, folder, csv jitter)")
     add("--consistency", type=in_range(float, 0, 1e6), help="weight of the consistency loss (Sec. 4.2); 0 halves the "

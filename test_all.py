@@ -791,7 +791,7 @@ def test_help_tells_the_defaults(capsys):
                  f"({few['head_dropout']} to {dcase2019['head_dropout']})",
                  f"({dcase2019['consistency']:g}; synth, esc10, folder, csv {few['consistency']:g})",
                  f"(all; synth, esc10, folder, csv {' '.join(few['augment'])})", f"({few['layer']}; --embed: middle)",
-                 f"as a share of --lr ({few['encoder_lr']:g})", f"({few['loss']})"):
+                 f"as a share of --lr ({few['encoder_lr']:g})", f"({dcase2019['loss']}; esc10,"):
         assert text in shown[1], text
 
 
@@ -1890,6 +1890,16 @@ def test_each_data_set_is_trained_on_as_it_lies_on_disk(tmp_path, name, call):
     assert f"{name}: {expected.there} clips" in printed[0]
     assert f"{expected.missing} missing, {expected.unreadable} unreadable" in printed[0]
     assert f"after {expected.trained_on} clips" in printed[0]
+
+
+@pytest.mark.parametrize("name, head, loss", [("folder", "stats", "ce"), ("folder", "frames", "bce"),
+                                              ("csv", "stats", "bce")])
+def test_own_sets_get_cross_entropy_where_a_clip_has_one_label(tmp_path, name, head, loss, call):
+    MINIATURES[name](tmp_path / "data")
+    root = tmp_path / "data" / "mine.csv" if name == "csv" else tmp_path / "data"
+    call("finetune.py", "--data", name, "--root", root, "--head", head, "--updates", 1, "--batch-size", 4, "--out",
+         tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "results.jsonl").read_text())["args"]["loss"] == loss
 
 
 def load_quietly(name, root):
