@@ -406,16 +406,16 @@ def open_unlabelled(data, seconds):
     generalises: two of `ClipSet`. data is ["synth"] or a list of packed folders.
 
     A recording as long as n crops gives ceil(n) of them in an epoch; those shorter than a crop are given whole, those
-    under a second not at all: too little to mask and to predict from. Nor are a labelled set's test clips. Held out is
-    one recording in a hundred by a hash of their names, at least 16 (of fewer than 80, a fifth). Raises InputError
-    where there is none.
+    under a second not at all: too little to mask and to predict from. Nor are a labelled set's test clips (of a set in
+    folds, where each is a test clip once, all are). Held out is one recording in a hundred by a hash of their names, at
+    least 16 (of fewer than 80, a fifth). Raises InputError where there is none.
     """
     if data == ["synth"]:
         return [ClipSet([Clip(f"synth/{split}/{i}", (), split, None, samples=round(seconds * SAMPLE_RATE))
                          for i in range(count)], SynthWaveforms(split, seconds), seconds=seconds)
                 for split, count in (("unlabelled", 2000), ("held_out", 100))]
     packed = Pack(*data)
-    source = ClipSet(packed.clips, packed, seconds=seconds)
+    source = ClipSet([clip._replace(labels=()) for clip in packed.clips], packed, seconds=seconds)
     source.crops = -(-source.lengths // round(seconds * SAMPLE_RATE))
     usable = np.flatnonzero((source.lengths >= SAMPLE_RATE) & (source.splits != "test"))
     if len(usable) == 0:

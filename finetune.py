@@ -4,8 +4,8 @@ The labels of the synthetic sounds, starting from what `python pretrain.py` lear
     python finetune.py --init
     python finetune.py
 ESC-50 or ESC-10, all five folds, from your own pre-training, with all labels and a third:
-    python finetune.py --data esc50 --root /my/ESC-50 --init runs/mine --fold all
-    python finetune.py --data esc10 --root /my/ESC-50 --init runs/mine --fold all --fraction 0.333
+    python finetune.py --data esc50 --root /my/ESC-50 --init runs/mine --fold all --out runs/esc50
+    python finetune.py --data esc10 --root /my/ESC-50 --init runs/mine --fold all --fraction 0.333 --out runs/esc10
 Several GPUs: `torchrun --nproc_per_node=8 finetune.py ...`. Then use the result:
     python finetune.py --predict dog.wav rain.mp3 --init runs/finetune
     python finetune.py --embed dog.wav rain.mp3 --init runs/finetune --out embeddings.npy
@@ -271,8 +271,8 @@ def main():
     device, out = init_distributed(args), Path(args.out)
     init = load_checkpoint(args.init, "pretrain.py") if args.init else None
     data = load_labelled(args.data, args.root, args.workers)
-    if args.loss is None:       # its recipe leaves that to the labels
-        args.loss = "ce" if args.head != "frames" and all(len(own) == 1 for own in data.labels) else "bce"
+    if args.loss is None:       # the recipe leaves it to the labels: accuracy is for one a clip
+        args.loss = "ce" if data.metric == "accuracy" and args.head != "frames" else "bce"
     jobs = plan(data, args)
     # No two pre-trainings end with the same mask embedding.
     start = init["model"]["mask_embedding"].numpy().tobytes() if init else b""
@@ -839,6 +839,7 @@ def parse(argv=None):
             ((args.head == "stats" or args.freeze and args.head == "mean") and 1 in (args.batch_size, args.micro_batch),
              "--freeze and --head stats standardise over a batch, which needs two clips at least: raise --batch-size "
              "or --micro-batch, or use --head mean without --freeze"),
+            (args.data == "synth" and args.root, "--root needs --data, the kind of set that lies there"),
             (args.size and args.init, "--size is for training from scratch: with --init it is that of the run"),
             (len({f"{x:g}" for x in args.fraction}) < len(args.fraction), "--fraction: one is there twice")):
         if wrong:

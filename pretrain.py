@@ -6,8 +6,8 @@ Your own recordings, decoded once, then trained on:
     python datasets.py pack /my/sounds packed
     python pretrain.py --data packed --out runs/mine --updates 10000
 One GPU; the GPUs of one machine; of N machines (the same on each):
-    torchrun pretrain.py --size large --data packed --compile
-    torchrun --nproc_per_node=8 pretrain.py --size large --data packed --compile
+    torchrun pretrain.py --size large --data packed --compile --out runs/large
+    torchrun --nproc_per_node=8 pretrain.py --size large --data packed --compile --out runs/large
     torchrun --nproc_per_node=8 --nnodes=N --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 pretrain.py ...
 Then `python finetune.py --init`. The run's folder has checkpoint.pt, all that is needed to resume (--resume) or
 to fine-tune, and log.jsonl, a line of JSON every few updates.

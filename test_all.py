@@ -2130,6 +2130,9 @@ def test_nothing_is_pre_trained_on_test_clips(tmp_path, call, capsys):
     names = [name for part in datasets.open_unlabelled([tmp_path / "out"], 1.0) for name in part.names]
     assert len(names) == 4 and all("-train-" in name for name in names)
     assert "4 of 8 recordings are left out: shorter than a second, or test clips" in capsys.readouterr().out
+    assert ", 4 crops of 1 s in an epoch" in call(
+        "pretrain.py", "--data", tmp_path / "out", "--updates", 1, "--batch-size", 2, "--seconds", 1, "--out",
+        tmp_path / "run")
 
 
 def test_recordings_too_short_to_learn_from_are_counted(tmp_path, capsys):
@@ -3358,6 +3361,7 @@ class Evil:
     ("finetune.py", "--freeze --micro-batch 1", "--freeze"),
     ("finetune.py", "--embed a.wav --frames --out e.npy --init EMPTY", "npz"),
     ("finetune.py", "--data esc10 --loss ce --head frames", "--loss ce"),
+    ("finetune.py", "--root GOOD", "--root needs --data"),
     ("finetune.py", "--fraction 1.5", "--fraction"),
     ("finetune.py", "--stages 1 1 1", "--stages"),
     ("datasets.py", "pack nowhere out", "nowhere"),
