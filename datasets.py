@@ -193,11 +193,6 @@ def read_blocks(path, seconds=60, notes=None):
         before, block = block[-rate:], following
 
 
-def read_audio(path):
-    """A recording of any rate: mono float32 (S,) at 16 kHz. Raises InputError as `read_blocks`."""
-    return np.concatenate(list(read_blocks(path)))
-
-
 def to_int16(waveform):
     """Waveform to int16, its loudest sample at full scale, as level does not count (see `LogMel`): nothing is clipped
     or lost. Returns the level of that sample too."""
