@@ -401,9 +401,9 @@ def open_unlabelled(data, seconds):
     generalises: two of `ClipSet`. data is ["synth"] or a list of packed folders.
 
     A recording as long as n crops gives ceil(n) of them in an epoch; those shorter than a crop are given whole, those
-    under a second not at all: too little to mask and to predict from. Nor are a labelled set's test clips (of a set in
-    folds, where each is a test clip once, all are). Held out is one recording in a hundred by a hash of their names, at
-    least 16 (of fewer than 80, a fifth). Raises InputError where there is none.
+    under a second not at all: too little to mask and to predict from. Nor are a labelled set's test clips; a set in
+    folds, where each clip is tested once, is given whole. Held out is one recording in a hundred by a hash of their
+    names, at least 16 (of fewer than 80, a fifth). Raises InputError where there is none.
     """
     if data == ["synth"]:
         return [ClipSet([Clip(f"synth/{split}/{i}", (), split, None, samples=round(seconds * SAMPLE_RATE))

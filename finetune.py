@@ -271,7 +271,7 @@ def main():
     device, out = init_distributed(args), Path(args.out)
     init = load_checkpoint(args.init, "pretrain.py") if args.init else None
     data = load_labelled(args.data, args.root, args.workers)
-    if args.loss is None:       # the recipe leaves it to the labels: accuracy is for one a clip
+    if args.loss is None:       # the recipe leaves it to the labels; accuracy is the metric where each clip has one
         args.loss = "ce" if data.metric == "accuracy" and args.head != "frames" else "bce"
     jobs = plan(data, args)
     # No two pre-trainings end with the same mask embedding.
