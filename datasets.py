@@ -768,7 +768,8 @@ def group_copies(clips):
     for digest, numbers in copies.items():
         groups = {clips[n].group for n in numbers} - {""}
         files = {(identity(clips[n].path), *sorted(clips[n].labels)): clips[n].name for n in numbers}
-        if len(groups) > 1 or len({key[0] for key in files}) > 1 < len({key[1:] for key in files}):
+        recordings, labels = {key[0] for key in files}, {key[1:] for key in files}
+        if len(groups) > 1 or len(recordings) > 1 and len(labels) > 1:
             raise InputError(f"{', '.join(sorted(set(files.values()))[:3])} are the same content, with different "
                              f"{'groups' if len(groups) > 1 else 'labels'}: keep one of them")
         for n in numbers:
@@ -1013,7 +1014,7 @@ def shuffled(count, *seed):
     return np.random.default_rng(seed).permutation(count)
 
 
-# Orders are kept for the draws that follow: of all crops, which may take 200 MB each, but two.
+# Kept for the draws that follow: two orders of all crops, of up to 200 MB each, and many of a class's clips.
 epoch_order, class_order = functools.lru_cache(2)(shuffled), functools.lru_cache(1024)(shuffled)
 
 

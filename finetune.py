@@ -285,7 +285,8 @@ def main():
     say(f"on {device} x {world_size()}; " + (f"from {args.init}" if init else f"{args.size or 'tiny'} from scratch"))
     with claim(out) if rank() == 0 else contextlib.nullcontext():
         for job, (name, fraction, fold, training, valid, test) in enumerate(jobs[first:], first):
-            began, (model, frontend) = time.time(), build(args, training, init, device)
+            began = time.time()
+            model, frontend = build(args, training, init, device)
             save = functools.partial(save_checkpoint, out / "checkpoint.pt", model, script="finetune.py",
                                      args=vars(args), data=digest, lines=lines)
             scores = train(model, frontend, training, valid, args, name, functools.partial(save, job=job), state)
@@ -694,7 +695,7 @@ def plot_prediction(out, sound, model, frontend, classes, probabilities, events)
     figure.savefig(out, dpi=120)
 
 
-# ------------------------------------------------------------------- the HEAR 2021 interface (neuralaudio.ai/hear2021)
+# ------------------------------------------------------------------------------ the HEAR 2021 interface (hearbenchmark.com)
 
 
 def load_model(model_file_path="runs/pretrain"):

@@ -46,9 +46,9 @@ from wav2vec2 import COMMON, SIZES, Wav2Vec2, collapse_warning, span_mask, summa
 
 # Defaults of these options. The paper states updates, warm-up and learning rate of small and large (Sec. 2.3). A
 # checkpoint of large has 1 GB: every 500 updates, eight GPUs would spend half their time on writing it.
-PAPER = dict(updates=300_000, warmup=10_000, lr=3e-4, batch_size=256, seconds=10.0, checkpoint_every=5000)
+LONG = dict(updates=300_000, warmup=10_000, lr=3e-4, batch_size=256, seconds=10.0, checkpoint_every=5000)
 SCHEDULES = dict(tiny=dict(updates=400, warmup=40, lr=1e-3, batch_size=32, seconds=5.0, checkpoint_every=500),
-                 small=PAPER, large=PAPER)
+                 small=LONG, large=LONG)
 SETTINGS = {**SIZES["tiny"], **COMMON}      # a model's settings: names and types are the same in every size
 MAX_CONSECUTIVE_SKIPS = 10                  # updates in a row that may be skipped because they are not finite
 
@@ -75,7 +75,8 @@ def main():
     device, world, local_batch = init_distributed(args), world_size(), args.batch_size // world_size()
     micro_batch, own_clips = args.micro_batch or local_batch, slice(rank() * local_batch, (rank() + 1) * local_batch)
     source, held_out = open_unlabelled(args.data, args.seconds)
-    digest, (model, frontend) = source.digest(), build(args, checkpoint, source, device)
+    digest = source.digest()
+    model, frontend = build(args, checkpoint, source, device)
     if checkpoint and checkpoint["data"] != digest:
         raise InputError(f"{args.out} was trained on other recordings than {' '.join(args.data)}: name those")
     agree(args, checkpoint and checkpoint["update"], digest)
