@@ -209,8 +209,9 @@ def read_int16(path, notes):
 
 
 def walk(folder):
-    """All files below a folder, sorted; links are followed, each folder once. What begins with a dot or two underscores
-    (.ipynb_checkpoints, ._a.wav, __MACOSX) is left out. Raises InputError where a folder can't be listed."""
+    """All files below a folder, sorted; links are followed, each folder once, and those to nowhere named. What begins
+    with a dot (.ipynb_checkpoints, ._a.wav) and __MACOSX are left out. Raises InputError where a folder can't be
+    listed."""
     def refuse(error):
         raise InputError(f"{error.filename}: can't be listed ({error.strerror})")
 
@@ -218,13 +219,15 @@ def walk(folder):
         raise InputError(f"{folder}: no such folder")
     seen, files = set(), []
     for parent, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
         if identity(parent) in seen:
             folders.clear()
             continue
         seen.add(identity(parent))
-        files += [Path(parent, name) for name in names if not name.startswith((".", "__"))]
-    return sorted(files)
+        files += [Path(parent, name) for name in names if not name.startswith(".")]
+    broken = {path for path in files if not os.path.exists(path)}
+    say_some(f"{len(broken)} links to nowhere", sorted(map(str, broken)), ", ")
+    return sorted(set(files) - broken)
 
 
 def identity(path):
@@ -315,7 +318,8 @@ def pack(clips, out, header=None, workers=None, keep_silent=False):
     expected += [dict(name=clip.name, labels=list(clip.labels), split=clip.split, group=clip.group,
                       stamp=stamp(clip.path)) for clip in clips]
     with claim(out):
-        if {path.name for path in out.iterdir()} - {".lock", "audio.int16", "index.jsonl", "index.jsonl.part"}:
+        names = {path.name for path in out.iterdir() if not path.name.startswith(".")}      # .lock, .DS_Store
+        if names - {"audio.int16", "index.jsonl", "index.jsonl.part"}:
             raise InputError(f"{out}: holds other files; name a new folder")
         lines = []
         with reading(out, "delete it and pack again"):
@@ -402,8 +406,8 @@ def open_unlabelled(data, seconds):
 
     A recording as long as n crops gives ceil(n) of them in an epoch; those shorter than a crop are given whole, those
     under a second not at all: too little to mask and to predict from. Nor are a labelled set's test clips; a set in
-    folds, where each clip is tested once, is given whole. Held out is one recording in a hundred by a hash of their
-    names, at least 16 (of fewer than 80, a fifth). Raises InputError where there is none.
+    folds, where each clip is tested once, is given whole. Held out is one group (a recording without one is its own) in
+    a hundred by a hash of their names, at least 16 (of fewer than 80, a fifth). Raises InputError where there is none.
     """
     if data == ["synth"]:
         return [ClipSet([Clip(f"synth/{split}/{i}", (), split, None, samples=round(seconds * SAMPLE_RATE))
@@ -415,13 +419,14 @@ def open_unlabelled(data, seconds):
     usable = np.flatnonzero((source.lengths >= SAMPLE_RATE) & (source.splits != "test"))
     if len(usable) == 0:
         raise InputError(f"{', '.join(map(str, data))}: no recording in it is a second long, or all are test clips")
-    hashes = np.array([zlib.crc32(name.encode(errors="backslashreplace")) for name in source.names])
     if len(usable) < len(source):
         say(f"{len(source) - len(usable)} of {len(source)} recordings are left out: shorter than a second, or test "
             "clips")
-    by_hash = usable[np.argsort(hashes[usable], kind="stable")]
-    count = min(max(len(usable) // 100, 16), len(usable) // 5)
-    return source.subset(np.sort(by_hash[count:])), source.subset(np.sort(by_hash[:count]))
+    hashes = np.array([zlib.crc32((source.clips[i].group or source.names[i]).encode(errors="backslashreplace"))
+                       for i in usable])
+    groups = np.unique(hashes)
+    held_out = hashes < groups[min(max(len(groups) // 100, 16), len(groups) // 5)]
+    return source.subset(usable[~held_out]), source.subset(usable[held_out])
 
 
 # -------------------------------------------------------------------------- synth: sounds from formulas
@@ -612,6 +617,7 @@ def read_table(path, columns, delimiter=",", optional=None):
     for number, row in enumerate(rows, 2):
         if None in row or None in row.values():
             raise InputError(f"{path}: line {number} has too {'many' if None in row else 'few'} columns")
+    rows = [row for row in rows if any(row.values())]           # spreadsheets leave rows of commas
     if optional is not None and (unused := [name for name in names if name not in (*columns, *optional)]):
         say(f"{path}: not used: {', '.join(unused)}")
     return rows
@@ -739,7 +745,10 @@ def own_table(index):
     """Your own sounds in a table: columns file (its path from the table's folder), labels (separated by ;) and,
     if you like, split or fold (train, valid, test, or the number of a fold) and group (see `Clip`)."""
     path, clips = Path(index.root), []
-    for row in read_table(path, ("file", "labels"), optional=("split", "fold", "group")):
+    rows = read_table(path, ("file", "labels"), optional=("split", "fold", "group"))
+    if any(row.get("split") and row.get("fold") for row in rows):
+        say(f"{path}: not used: fold, where there is a split")
+    for row in rows:
         recording, labels = path.parent / row["file"], [name.strip() for name in row["labels"].split(";")]
         split = (row.get("split") or row.get("fold") or "").strip().lower()
         split = str(int(split)) if split.isdecimal() else {"val": "valid", "validation": "valid"}.get(split, split)
@@ -853,7 +862,7 @@ class ClipSet:
 
     @functools.cached_property
     def groups(self):
-        """The group of each clip, which is its name where it has none: (N,). Pre-training needs none of them."""
+        """The group of each clip, which is its name where it has none: (N,)."""
         return np.array([clip.group or clip.name for clip in self.clips])
 
     def waveform(self, i):
@@ -899,10 +908,11 @@ class ClipSet:
                 keep.update(clips[:1])
         return self.subset(np.array(sorted(keep)))
 
-    def digest(self):
-        """A hash of the clips' names, labels and lengths, whatever their order."""
+    def digest(self, in_order=True):
+        """A hash of the clips' names, labels and lengths and, as crops depend on it, their order."""
         lines = [f"{x.name} {sorted(self.classes[c] for c in x.labels)} {x.samples}" for x in self.clips]
-        return hashlib.sha256("\n".join(sorted(lines)).encode(errors="backslashreplace")).hexdigest()
+        lines = lines if in_order else sorted(lines)
+        return hashlib.sha256("\n".join(lines).encode(errors="backslashreplace")).hexdigest()
 
     def fingerprint(self):
         """What to compare when numbers differ: clips, a hash of their names, labels and lengths, mean and standard
@@ -910,7 +920,7 @@ class ClipSet:
         some = np.argsort(self.names)[np.linspace(0, len(self) - 1, min(len(self), 200)).astype(int)]
         frontend = LogMel()
         values = torch.cat([frontend(torch.from_numpy(np.array(self.waveform(i)))[None])[0] for i in some])
-        return f"{len(self)} clips {self.digest()[:8]} log-mel {values.mean():.3f} +- {values.std():.3f}"
+        return f"{len(self)} clips {self.digest(in_order=False)[:8]} log-mel {values.mean():.3f} +- {values.std():.3f}"
 
 
 def synth(train=1000, test=500):
@@ -941,7 +951,7 @@ def read_tables(data, root):
     classes = classes or sorted({label for clip in named for label in clip.labels})
     number = {name: c for c, name in enumerate(classes)}
     clips = [clip._replace(labels=tuple(number[label] for label in clip.labels)) for clip in named
-             if clip.path and os.path.exists(clip.path)]            # it may be a link to nowhere
+             if clip.path]
     if not clips:
         raise InputError(f"{root}: none of the {len(named)} recordings of {data} is there, such as {named[0].name}"
                          + f" (looked for {', '.join(index.tried)}, with any ending of audio)" * bool(index.tried)
@@ -1294,8 +1304,8 @@ def main():
     if args.data:
         clips, header = read_tables(args.data, args.folder)
     else:
-        files = [path for path in audio_files(args.folder) if path.exists()]        # some may be links to nowhere
-        files = sorted({identity(path): path for path in reversed(files)}.values())     # of two names the first
+        files = {identity(path): path for path in reversed(audio_files(args.folder))}       # of two names the first
+        files = sorted(files.values())
         clips, header = [Clip(str(path.relative_to(args.folder)), (), "", path) for path in files], {}
     packed = pack(clips, args.out, header, args.workers, args.keep_silent or bool(args.data))
     samples, minutes = sum(clip.samples for clip in packed.clips), (time.time() - began) / 60

@@ -810,7 +810,7 @@ def parse(argv=None):
     add("--updates", type=in_range(int, 1, 10**9), help="(esc10 400, synth, folder, csv 1000, ..., audioset 60000)")
     add("--batch-size", type=in_range(int, 1, 10**6), help="clips in an update, over all processes (16 to 640)")
     add("--lr", type=in_range(float, 1e-12, 1e6), help="peak learning rate (3e-4 to 1e-3; frozen 1e-2)")
-    add("--encoder-lr", type=share, help="that of a pre-trained encoder, as a share of --lr (1)")
+    add("--encoder-lr", type=share, help="the encoder's, as a share of --lr (1)")
     add("--stages", type=share, nargs=3, default=[0.3, 0.3, 0.4], metavar=("WARMUP", "HOLD", "DECAY"),
         help="shares of the updates (%(default)s)")
     add("--loss", choices=["bce", "ce"], help="binary cross-entropy or, for one label a clip, cross-entropy (bce; "

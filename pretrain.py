@@ -78,7 +78,8 @@ def main():
     digest = source.digest()
     model, frontend = build(args, checkpoint, source, device)
     if checkpoint and checkpoint["data"] != digest:
-        raise InputError(f"{args.out} was trained on other recordings than {' '.join(args.data)}: name those")
+        raise InputError(f"{args.out} was trained on other recordings than {' '.join(args.data)}, or in another "
+                         "order: name those")
     agree(args, checkpoint and checkpoint["update"], digest)
     parameters, samples = list(model.parameters()), round(args.seconds * SAMPLE_RATE)
     # Adam with decoupled weight decay, as in fairseq (Sec. 2.3).

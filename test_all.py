@@ -1369,14 +1369,16 @@ def test_blocks_of_a_recording_are_the_whole(tmp_path, rate, suffix):
 
 def test_what_the_system_left_is_no_recording_and_other_kinds_are_counted(tmp_path, call):
     for name in ("dog/1.wav", "cat/2.wav", "__MACOSX/dog/1.wav", ".ipynb_checkpoints/1.wav", "dog/._1.wav",
-                 ".Trash-0/3.wav"):
+                 ".Trash-0/3.wav", "__dog/__1.wav"):       # an id of YouTube may begin like this
         write_wav(tmp_path / "in" / name, frequency=300 + len(name))
     for i in range(3):
         (tmp_path / "in" / f"{i}.m4a").write_text("x")
     (tmp_path / "in" / "a.webm").write_text("x")
-    assert [path.name for path in datasets.audio_files(tmp_path / "in")] == ["2.wav", "1.wav"]
+    assert [path.name for path in datasets.audio_files(tmp_path / "in")] == ["__1.wav", "2.wav", "1.wav"]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".DS_Store").touch()
     printed = call("datasets.py", "pack", tmp_path / "in", tmp_path / "out")
-    assert "4 files of other kinds: .m4a 3, .webm 1 (ffmpeg" in printed and "2 recordings" in printed
+    assert "4 files of other kinds: .m4a 3, .webm 1 (ffmpeg" in printed and "3 recordings" in printed
 
 
 def test_home_is_known_in_every_path(monkeypatch):
@@ -1398,8 +1400,25 @@ def test_links_are_followed_once(tmp_path, call):
     assert [path.name for path in datasets.audio_files(tmp_path / "in")] == ["1.wav"]
     (tmp_path / "real" / "a" / "2.wav").symlink_to(tmp_path / "real" / "a" / "1.wav")
     os.link(tmp_path / "real" / "a" / "1.wav", tmp_path / "real" / "a" / "3.wav")
-    (tmp_path / "real" / "a" / "4.wav").symlink_to(tmp_path / "nowhere")
     assert "1 recordings" in call("datasets.py", "pack", tmp_path / "real", tmp_path / "out")
+
+
+def test_of_several_names_of_a_folder_the_first_counts(tmp_path):
+    write_wav(tmp_path / "real" / "1.wav")
+    (tmp_path / "in").mkdir()
+    for name in "hgfedcba":
+        (tmp_path / "in" / name).symlink_to(tmp_path / "real")
+    assert datasets.walk(tmp_path / "in") == [tmp_path / "in" / "a" / "1.wav"]
+
+
+def test_links_to_nowhere_are_named_and_hide_nothing(tmp_path, call):
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    (tmp_path / "in" / "a" / "1.wav").symlink_to(tmp_path / "nowhere")
+    assert "no recordings in it" in call("datasets.py", "pack", tmp_path / "in", tmp_path / "out", code=2)
+    write_wav(tmp_path / "in" / "b" / "1.flac")
+    printed = call("datasets.py", "pack", tmp_path / "in", tmp_path / "out")
+    assert f"1 links to nowhere: {tmp_path / 'in' / 'a' / '1.wav'}" in printed and "1 recordings" in printed
+    assert datasets.FileIndex(tmp_path / "in").find("1") == tmp_path / "in" / "b" / "1.flac"
 
 
 # ------------------------------------------------------------------------- packing
@@ -1584,14 +1603,20 @@ def test_several_packs_are_one_source(tmp_path):
     assert source.names == ["0.wav", "2.wav", "0.wav", "1.wav"]
     for i, name in enumerate(("a/in/0", "a/in/2", "b/in/0", "b/in/1")):
         assert np.array_equal(source.crop(i, np.random.default_rng(0)), at_full_scale(tmp_path / f"{name}.wav"))
-    assert source.digest() != datasets.open_unlabelled(folders[:1], 60.0)[0].digest()
+    for others in folders[:1], folders[::-1]:       # another order means other crops
+        assert source.digest() != datasets.open_unlabelled(others, 60.0)[0].digest()
 
 
-def test_held_out_recordings_are_never_trained_on(tmp_path):
+def test_held_out_recordings_are_never_trained_on(tmp_path, call):
     folder = pack_tones(tmp_path, *[1.0] * 90)
     names = [set(part.names) for part in datasets.open_unlabelled([folder], 1.0)]
     assert [len(part) for part in names] == [74, 16] and not names[0] & names[1]
     assert set(datasets.open_unlabelled([folder], 1.0)[1].names) == names[1]
+    table = tmp_path / "in" / "groups.csv"
+    table.write_text("file,labels,split,group\n" + "".join(f"{k}.wav,a,train,{k % 10}\n" for k in range(90)))
+    call("datasets.py", "pack", table, tmp_path / "grouped", "--data", "csv")
+    groups = [set(part.groups) for part in datasets.open_unlabelled([tmp_path / "grouped"], 1.0)]
+    assert [len(part) for part in groups] == [8, 2] and not groups[0] & groups[1]
     synth, others = datasets.open_unlabelled(["synth"], 1.0)
     assert not np.array_equal(synth.crop(0, np.random.default_rng(0)), others.crop(0, np.random.default_rng(0)))
 
@@ -2040,15 +2065,13 @@ def test_copies_are_of_one_group_in_whatever_order(tmp_path, groups):
         load_quietly("csv", table)
 
 
-def test_links_to_nowhere_are_missing_and_junk_of_equal_content_is_unreadable(tmp_path, capsys):
+def test_junk_of_equal_content_is_unreadable(tmp_path, capsys):
     for i in range(10):
         write_wav(tmp_path / "ab"[i % 2] / f"{i}.wav", 0.3, frequency=200 + 50 * i)
-    (tmp_path / "a" / "link.wav").symlink_to(tmp_path / "nowhere.wav")
     for name in ("a/x.mp3", "b/x.mp3"):                         # a page that says that the file was not found
         (tmp_path / name).write_text("<html>404</html>")
     assert len(load_quietly("folder", tmp_path)) == 10
-    printed = capsys.readouterr().out
-    assert "1 missing, 2 unreadable" in printed and "missing: a/link.wav" in printed
+    assert "0 missing, 2 unreadable" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("columns, rows, splits", [
@@ -2056,6 +2079,13 @@ def test_links_to_nowhere_are_missing_and_junk_of_equal_content_is_unreadable(tm
     ("file,labels,split,fold", ["1.wav,a,,01", "2.wav,b,,1", "3.wav,a,,2"], ["1", "1", "2"])])
 def test_splits_may_be_written_in_other_ways(tmp_path, columns, rows, splits):
     assert load_quietly("csv", write_table(tmp_path, *rows, columns=columns)).splits.tolist() == splits
+
+
+def test_rows_of_commas_are_skipped_and_a_fold_beside_a_split_is_not_used(tmp_path, capsys):
+    table = write_table(tmp_path, "1.wav,a,train,1", "2.wav,b,test,2", columns="file,labels,split,fold")
+    table.write_text(table.read_text() + ",,,\n")
+    assert load_quietly("csv", table).splits.tolist() == ["train", "test"]
+    assert "not used: fold, where there is a split" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("rows, message", [
