@@ -611,17 +611,18 @@ def load_run(run, device="cpu"):
 
 @torch.no_grad()
 def encode_recording(path, model, frontend, layer=None, notes=None):
-    """A recording of any length and rate, each minute by itself: its log-mels (T, 64) and embeddings (L, D) by block
-    `layer` (None: the one that a classifier reads). Raises InputError for what `read_blocks` can't read, and more than
-    LONGEST hours; so do `embed` and `predict`."""
+    """A recording of any length and rate, in equal parts of up to a minute, each by itself: its log-mels (T, 64) and
+    embeddings (L, D) by block `layer` (None: the one that a classifier reads). Raises InputError for what `read_blocks`
+    can't read, and more than LONGEST hours; so do `embed` and `predict`."""
     with open_audio(path) as (file, _, promised):
-        hours = (promised or 0) / file.samplerate / 3600
+        seconds = promised / file.samplerate if promised else 60
     encoder, device = getattr(model, "encoder", model), frontend.mean.device
-    stack = encoder.settings["stack"]
-    window = 3000 // stack * stack * HOP / SAMPLE_RATE              # so that latents stay evenly spaced
+    # A part is as many seconds as make whole latents: 2, 4, ..., for the usual stack of 4 frames.
+    multiple = math.lcm(encoder.settings["stack"] * HOP, SAMPLE_RATE) // SAMPLE_RATE
+    window = multiple * math.ceil(seconds / math.ceil(seconds / 60) / multiple)
     log_mels, embeddings = [], []
-    for block in progress(read_blocks(path, window, notes), Path(path).name, unit=" min"):
-        if max(hours, len(log_mels) / 60) > LONGEST:
+    for block in progress(read_blocks(path, window, notes), Path(path).name, unit=" parts"):
+        if max(seconds / 3600, len(log_mels) / 60) > LONGEST:
             raise InputError(f"{path}: is longer than {LONGEST} hours; cut it into parts")
         if len(block) < HOP and log_mels:
             break               # next to nothing is left
@@ -695,7 +696,7 @@ def plot_prediction(out, sound, model, frontend, classes, probabilities, events)
     figure.savefig(out, dpi=120)
 
 
-# ------------------------------------------------------------------------------ the HEAR 2021 interface (hearbenchmark.com)
+# -------------------------------------------------------------------------- the HEAR 2021 interface (hearbenchmark.com)
 
 
 def load_model(model_file_path="runs/pretrain"):
