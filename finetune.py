@@ -502,6 +502,9 @@ def compute_logits(model, frontend, data, args, batch_seconds=320):
     twice. Raises InputError for logits that are not finite.
     """
     model.eval()
+    if world_size() > 1:        # BatchNorm's averages are of a process's own clips: those of the first are saved
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
     device, logits = frontend.mean.device, torch.zeros(len(data), len(data.classes))
     by_length, parts = np.argsort(-data.lengths, kind="stable")[rank()::world_size()], []
     while len(by_length):

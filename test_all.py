@@ -892,6 +892,23 @@ def test_standardising_looks_at_the_clips_of_all_processes(tmp_path):
         torch.testing.assert_close(torch.cat(two), whole)
 
 
+def test_all_processes_score_with_the_averages_that_are_saved(tmp_path):
+    """Those of BatchNorm in the first process; in the second they are others."""
+    model = finetune.Classifier(Wav2Vec2("tiny", **SMALL, norm="batch"), 2)
+    data, args = labelled_set([(0,), (1,)] * 3), parse_finetune()
+
+    def process(rank):
+        os.environ.update(WORLD_SIZE="2", RANK=str(rank))
+        torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=rank, world_size=2)
+        for buffer in model.buffers():
+            buffer += rank
+        torch.save(finetune.compute_logits(model, LogMel(), data, args), tmp_path / str(rank))
+
+    assert fork(process, 2) == [0, 0]
+    for rank in range(2):
+        torch.testing.assert_close(torch.load(tmp_path / str(rank)), finetune.compute_logits(model, LogMel(), data, args))
+
+
 def test_head_drops_embeddings_of_a_frozen_encoder():
     model = finetune.Classifier(Wav2Vec2("tiny", **SMALL), 3, dropout=0.5, freeze=True).train()
     log_mel = torch.randn(2, 40, 64)
