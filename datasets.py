@@ -422,8 +422,7 @@ def open_unlabelled(data, seconds):
     if len(usable) < len(source):
         say(f"{len(source) - len(usable)} of {len(source)} recordings are left out: shorter than a second, or test "
             "clips")
-    hashes = np.array([zlib.crc32((source.clips[i].group or source.names[i]).encode(errors="backslashreplace"))
-                       for i in usable])
+    hashes = np.array([zlib.crc32(group.encode(errors="backslashreplace")) for group in source.groups[usable]])
     groups = np.unique(hashes)
     held_out = hashes < groups[min(max(len(groups) // 100, 16), len(groups) // 5)]
     return source.subset(usable[~held_out]), source.subset(usable[held_out])
