@@ -625,7 +625,7 @@ def encode_recording(path, model, frontend, layer=None, notes=None):
     window = multiple * math.ceil(seconds / math.ceil(seconds / 60) / multiple)
     log_mels, embeddings = [], []
     for block in progress(read_blocks(path, window, notes), Path(path).name, unit=" parts"):
-        if max(seconds / 3600, len(log_mels) / 60) > LONGEST:
+        if max(seconds, sum(map(len, log_mels)) * HOP / SAMPLE_RATE) > LONGEST * 3600:
             raise InputError(f"{path}: is longer than {LONGEST} hours; cut it into parts")
         if len(block) < HOP and log_mels:
             break               # next to nothing is left
