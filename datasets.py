@@ -423,8 +423,8 @@ def open_unlabelled(data, seconds):
         say(f"{len(source) - len(usable)} of {len(source)} recordings are left out: shorter than a second, or test "
             "clips")
     hashes = np.array([zlib.crc32(group.encode(errors="backslashreplace")) for group in source.groups[usable]])
-    groups = np.unique(hashes)
-    held_out = hashes < groups[min(max(len(groups) // 100, 16), len(groups) // 5)]
+    distinct = np.unique(hashes)
+    held_out = hashes < distinct[min(max(len(distinct) // 100, 16), len(distinct) // 5)]
     return source.subset(usable[~held_out]), source.subset(usable[held_out])
 
 

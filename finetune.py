@@ -396,7 +396,7 @@ def build(args, training, init, device):
 
 def train(model, frontend, training, valid, args, label, save, state):
     """Fine-tune in place; with validation clips the model ends with the weights that did best on them. Returns the
-    validation scores, dict(best=, last=), None without validation clips. `save(**content)` writes a checkpoint;
+    validation scores, dict(best=, last=), both None without validation clips. `save(**content)` writes a checkpoint;
     `state` is what one holds of this job, or has update=0. Raises InputError after MAX_CONSECUTIVE_SKIPS updates in a
     row that are not finite."""
     device = frontend.mean.device
@@ -622,7 +622,8 @@ def encode_recording(path, model, frontend, layer=None, notes=None):
     encoder, device = getattr(model, "encoder", model), frontend.mean.device
     # A part is as many seconds as make whole latents: 2, 4, ..., for the usual stack of 4 frames.
     multiple = math.lcm(encoder.settings["stack"] * HOP, SAMPLE_RATE) // SAMPLE_RATE
-    window = multiple * math.ceil(seconds / math.ceil(seconds / 60) / multiple)
+    parts = math.ceil(seconds / 60)
+    window = multiple * math.ceil(seconds / parts / multiple)
     log_mels, embeddings = [], []
     for block in progress(read_blocks(path, window, notes), Path(path).name, unit=" parts"):
         if max(seconds, sum(map(len, log_mels)) * HOP / SAMPLE_RATE) > LONGEST * 3600:

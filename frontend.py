@@ -100,7 +100,7 @@ class LogMel(nn.Module):
         level = (waveform.square().sum(1, keepdim=True) / samples).sqrt()
         waveform = waveform / level.clamp(min=SILENT_LEVEL)
         frames = F.pad(waveform, (WINDOW // 2, WINDOW // 2)).unfold(1, WINDOW, HOP)
-        frames = frames[:, :frame_count(waveform.shape[1])]         # (B, T, WINDOW)
+        frames = frames[:, :frame_count(S)]                         # (B, T, WINDOW)
         spectrum = torch.fft.rfft(frames * self.window)             # (B, T, WINDOW / 2 + 1)
         power = spectrum.real.square() + spectrum.imag.square()
         log_mel = (power @ self.filters).clamp(min=FLOOR).log()     # (B, T, 64)

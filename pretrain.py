@@ -85,12 +85,12 @@ def main():
     # Adam with decoupled weight decay, as in fairseq (Sec. 2.3).
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=args.weight_decay,
                                   fused=device.type != "mps")
-    # Updates done; of these skipped; of these in a row until now; and sums over the others since the last log line.
-    done, skipped, skips_in_a_row, since_log = 0, 0, 0, collections.Counter()
+    done, skipped, skips_in_a_row = 0, 0, 0         # updates; of these skipped; of these the latest in a row
+    since_log = collections.Counter()               # sums over the others since the last log line
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
-        done, skipped, since_log = checkpoint["update"], checkpoint["skipped"], collections.Counter(
-            checkpoint["since_log"])
+        done, skipped = checkpoint["update"], checkpoint["skipped"]
+        since_log.update(checkpoint["since_log"])
     wrapped = model if world == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
     loader = batches(source, args.batch_size, args.updates, args.seed, done, rank(), world, args.workers, samples)
     loader = profiled(loader, args.out) if args.profile else loader
