@@ -135,6 +135,8 @@ def decode_blocks(path, seconds, notes):
     rate). At the end `notes` gets a remark if the file is not as long as it says. Raises InputError as `open_audio`."""
     with open_audio(path) as (file, content, promised):
         rate, samples, damage = file.samplerate, 0, ""
+        if file.subtype.startswith("MPEG_LAYER"):       # soundfile seeks after each read: an MP3's decoder then lacks
+            file.seekable = lambda: False               # bits that were kept in the frames before
         while not damage:
             block = np.full((min(round(seconds * rate), file.frames + 1), file.channels), np.nan, np.float32)
             try:
@@ -612,11 +614,12 @@ def read_table(path, columns, delimiter=",", optional=None):
         if missing := [name for name in columns if name not in names]:
             raise InputError(f"{path}: no column {', '.join(missing)}; it has {', '.join(names or ['none'])}, "
                              f"separated by {'tabs' if delimiter != ',' else 'commas'}")
-        rows = list(reader)
-    for number, row in enumerate(rows, 2):
-        if None in row or None in row.values():
-            raise InputError(f"{path}: line {number} has too {'many' if None in row else 'few'} columns")
-    rows = [row for row in rows if any(row.values())]           # spreadsheets leave rows of commas
+        rows = []
+        for row in reader:
+            if None in row or None in row.values():
+                raise InputError(f"{path}: line {reader.line_num} has too {'many' if None in row else 'few'} columns")
+            if any(row.values()):           # spreadsheets leave rows of commas
+                rows.append(row)
     if optional is not None and (unused := [name for name in names if name not in (*columns, *optional)]):
         say(f"{path}: not used: {', '.join(unused)}")
     return rows
@@ -1307,10 +1310,8 @@ def main():
         files = sorted(files.values())
         clips, header = [Clip(str(path.relative_to(args.folder)), (), "", path) for path in files], {}
     packed = pack(clips, args.out, header, args.workers, args.keep_silent or bool(args.data))
-    samples, minutes = sum(clip.samples for clip in packed.clips), (time.time() - began) / 60
-    hours = samples / SAMPLE_RATE / 3600
-    print(f"{len(packed)} recordings, {hours:.2f} hours, in {args.out}; {minutes:.1f} min, "
-          f"{hours / minutes:.1f} hours a minute")
+    hours, minutes = sum(clip.samples for clip in packed.clips) / SAMPLE_RATE / 3600, (time.time() - began) / 60
+    print(f"{len(packed)} recordings, {hours:.2f} hours, in {args.out}; {minutes:.1f} min")
     silent = sum(": silent" in line for line in packed.skipped)
     say_some(f"{len(packed.skipped)} skipped, {silent} of them silent", packed.skipped, "\n  ")
     say_some("not as long as they say", [f"{x.name}: {x.note}" for x in packed.clips if x.note], "\n  ")

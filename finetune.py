@@ -842,7 +842,8 @@ def parse(argv=None):
             (abs(sum(args.stages) - 1) > 1e-3, f"--stages {args.stages} must be three shares that sum to 1"),
             (args.loss == "ce" and args.head == "frames",
              "--loss ce is for --head mean or stats: it leaves frame probabilities without a scale"),
-            ((args.head == "stats" or args.freeze and args.head == "mean") and 1 in (args.batch_size, args.micro_batch),
+            ((args.head == "stats" or args.freeze and args.head == "mean") and world_size() == 1
+             and 1 in (args.batch_size, args.micro_batch),
              "--freeze and --head stats standardise over a batch, which needs two clips at least: raise --batch-size "
              "or --micro-batch, or use --head mean without --freeze"),
             (args.data == "synth" and args.root, "--root needs --data, the kind of set that lies there"),
