@@ -3,7 +3,7 @@
 The labels of the synthetic sounds, starting from what `python pretrain.py` learned, and without:
     python finetune.py --init
     python finetune.py
-ESC-50 or ESC-10, all five folds, from your own pre-training, with all labels and a third:
+ESC-50, and ESC-10 with a third of its labels, all five folds, from your own pre-training:
     python finetune.py --data esc50 --root /my/ESC-50 --init runs/mine --fold all --out runs/esc50
     python finetune.py --data esc10 --root /my/ESC-50 --init runs/mine --fold all --fraction 0.333 --out runs/esc10
 Several GPUs: `torchrun --nproc_per_node=8 finetune.py ...`. Then use the result:
@@ -809,12 +809,15 @@ def parse(argv=None):
         "average and deviation, better with few labels; 'frames': probabilities at each step, then linear softmax "
         "pooling, which also tells when (mean; audioset frames; synth, esc10, folder, csv stats)")
     add("--freeze", action="store_true", help="train the head only, on standardised embeddings (linear probe)")
-    add("--head-dropout", type=in_range(float, 0, 0.99), help="more works against overfitting (0.1 to 0.3)")
+    add("--head-dropout", type=in_range(float, 0, 0.99), help="more works against overfitting (by data set, "
+        "0.1 to 0.3)")
 
     add = parser.add_argument_group("optimisation (Sec. 4)").add_argument
     add("--updates", type=in_range(int, 1, 10**9), help="(esc10 400, synth, folder, csv 1000, ..., audioset 60000)")
-    add("--batch-size", type=in_range(int, 1, 10**6), help="clips in an update, over all processes (16 to 640)")
-    add("--lr", type=in_range(float, 1e-12, 1e6), help="peak learning rate (3e-4 to 1e-3; frozen 1e-2)")
+    add("--batch-size", type=in_range(int, 1, 10**6), help="clips in an update, over all processes (by data set, "
+        "16 to 640)")
+    add("--lr", type=in_range(float, 1e-12, 1e6), help="peak learning rate (by data set, 3e-4 to 1e-3; frozen "
+        "1e-2)")
     add("--encoder-lr", type=share, help="the encoder's, as a share of --lr (1)")
     add("--stages", type=share, nargs=3, default=[0.3, 0.3, 0.4], metavar=("WARMUP", "HOLD", "DECAY"),
         help="shares of the updates (%(default)s)")

@@ -350,7 +350,8 @@ def add_running_options(parser):
     add("--resume", action="store_true", help="continue from the checkpoint in --out; start where there is none yet")
     add("--checkpoint-every", type=count, help="updates that a killed run loses at most (500; to pre-train small or "
         "large 5000)")
-    add("--seed", type=in_range(int, 0, 2**63 - 1), default=0, help="of clips, crops, masks and weights (%(default)s)")
+    add("--seed", type=in_range(int, 0, 2**63 - 1), default=0, help="of the draw of clips, crops, masks and first "
+        "weights (%(default)s)")
     add("--device", choices=["cpu", "cuda", "mps"], help="(the best there is)")
     add("--dtype", choices=["fp32", "bf16"], help="bf16 halves memory and time where there is hardware for it "
         "(CUDA: bf16, else fp32)")
