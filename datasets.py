@@ -643,10 +643,12 @@ def audioset(index, parts):
                     start, end = float(start), float(end)
                 except (ValueError, KeyError):
                     raise InputError(f"{table}: can't read line {number}: {line.strip()}") from None
-                times = [f"{at:.3f}" for at in (start, end)], [f"{at:.0f}" for at in (start, end)], [
-                    f"{1000 * at:.0f}" for at in (start, end)], [f"{at:06.0f}" for at in (start, end)]
-                path = index.find(*(f"{prefix}{name}{ending}" for prefix in ("", "Y") for ending in (
-                    "", *(f"_{a}" for a, _ in times), *(f"_{a}_{b}" for a, b in times))))
+                times = [[form.format(at) for at in (start, end)] for form in ("{:.3f}", "{}", "{:.0f}", "{:06.0f}")]
+                times.append([f"{1000 * at:.0f}" for at in (start, end)])
+                # What is named without times may be the whole video, beside the clip.
+                path = index.find(*(f"{prefix}{name}{ending}" for ending in (
+                    *(f"_{a}{c}{b}" for a, b in times for c in "_-"), *(f"_{a}" for a, _ in times), "")
+                    for prefix in ("", "Y")))
                 clips.append(Clip(name, labels, "test" if part == "eval" else "train", path))
     return clips, list(classes.values())
 
@@ -708,8 +710,8 @@ def kinetics700(index):
     """Kinetics-700 (Carreira et al. 2019), its sound only. Its test labels were held out: the
     validation split is what is tested on."""
     clips = []
-    for split, tables in (("train", ("train.csv", "kinetics700_train.csv")),
-                          ("test", ("validate.csv", "val.csv", "kinetics700_val.csv"))):
+    for split, tables in (("train", ("train.csv", "kinetics700_train.csv", "kinetics_train.csv")),
+                          ("test", ("validate.csv", "val.csv", "kinetics700_val.csv", "kinetics_val.csv"))):
         table = index.table(*tables)
         for row in read_table(table, ("label", "youtube_id", "time_start", "time_end")):
             video, start, end = row["youtube_id"], row["time_start"], row["time_end"]
@@ -956,7 +958,8 @@ def read_tables(data, root):
              if clip.path]
     if not clips:
         raise InputError(f"{root}: none of the {len(named)} recordings of {data} is there, such as {named[0].name}"
-                         + f" (looked for {', '.join(index.tried)}, with any ending of audio)" * bool(index.tried)
+                         + f" (looked for {', '.join(index.tried[:4])} and the like, with any ending of audio; "
+                         "ffmpeg makes .flac of videos and .m4a)" * bool(index.tried)
                          if named else f"{root}: its tables name no clips")
     if not classes:
         raise InputError(f"{root}: its clips have no labels")

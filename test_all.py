@@ -2160,7 +2160,8 @@ def test_files_of_no_bytes_are_unreadable_and_copies_stay_together(tmp_path, cap
         load_quietly("folder", tmp_path)
 
 
-AUDIOSET_NAMES = ("{}_30.000_40.000", "{}_30_40", "{}_30000_40000", "{}_30.000", "{}_30", "{}_30000", "{}")
+AUDIOSET_NAMES = ("{}_30.000_40.000", "{}_30_40", "{}_30000_40000", "{}_30.000", "{}_30", "{}_30000", "{}",
+                  "{}_30.0-40.0")
 
 
 @pytest.mark.parametrize("form", [prefix + name for prefix in ("", "Y") for name in AUDIOSET_NAMES])
@@ -2168,13 +2169,23 @@ def test_names_of_audioset_clips(tmp_path, form):
     mini_audioset(tmp_path)
     shutil.rmtree(tmp_path / "audio")
     write_wav(tmp_path / f"{form.format('-0RWZT-miFb')}.wav")
+    if form not in ("{}", "Y{}"):
+        write_wav(tmp_path / "whole videos" / "-0RWZT-miFb.wav", 2)
     table = tmp_path / "balanced_train_segments.csv"
     table.write_text("\ufeff" + table.read_text().replace("09x0r,/t", "09x0r, /t") + "\n\n")     # all that is harmless
     data = load_quietly("audioset-balanced", tmp_path)
-    assert data.names == ["-0RWZT-miFb"] and data.labels == [(0, 1)]
+    assert data.names == ["-0RWZT-miFb"] and data.labels == [(0, 1)] and data.lengths.tolist() == [16_000]
     os.remove(tmp_path / f"{form.format('-0RWZT-miFb')}.wav")
-    with pytest.raises(InputError, match="looked for -0RWZT-miFb, -0RWZT-miFb_30.000, .*Y-0RWZT-miFb_30000_40000"):
+    shutil.rmtree(tmp_path / "whole videos", ignore_errors=True)
+    with pytest.raises(InputError, match="looked for -0RWZT-miFb_30.000_40.000, Y-0RWZT-miFb_30.000_40.000, .*ffmpeg"):
         load_quietly("audioset-balanced", tmp_path)
+
+
+def test_kinetics_tables_may_be_named_otherwise(tmp_path):
+    mini_kinetics700(tmp_path)
+    for name, other in (("train", "kinetics_train"), ("validate", "kinetics_val")):         # as mmaction2 names them
+        (tmp_path / f"{name}.csv").rename(tmp_path / f"{other}.csv")
+    assert len(load_quietly("kinetics700", tmp_path)) == 7
 
 
 def test_a_line_of_audioset_that_lost_its_quotes_is_named(tmp_path):
