@@ -790,10 +790,11 @@ def test_help_tells_the_defaults(capsys):
     for text in (f"(10; synth, folder, csv {few['seconds']:g}, esc10 {esc10['seconds']:g})",
                  f"(esc10 {esc10['updates']}, synth, folder, csv {few['updates']}, ..., "
                  f"audioset {audioset['updates']})",
-                 f"({few['batch_size']} to {audioset['batch_size']})",
-                 f"({audioset['lr']:.0e} to {few['lr']:.0e}; frozen {finetune.FREEZE_LR:.0e})".replace("e-0", "e-"),
+                 f"(by data set, {few['batch_size']} to {audioset['batch_size']})",
+                 f"(by data set, {audioset['lr']:.0e} to {few['lr']:.0e}; frozen {finetune.FREEZE_LR:.0e})".replace(
+                     "e-0", "e-"),
                  f"({dcase2019['head']}; audioset {audioset['head']}; synth, esc10, folder, csv {few['head']})",
-                 f"({few['head_dropout']} to {dcase2019['head_dropout']})",
+                 f"(by data set, {few['head_dropout']} to {dcase2019['head_dropout']})",
                  f"({dcase2019['consistency']:g}; synth, esc10, folder, csv {few['consistency']:g})",
                  f"(all; synth, esc10, folder, csv {' '.join(few['augment'])})", f"({few['layer']}; --embed: middle)",
                  f"as a share of --lr ({few['encoder_lr']:g})", f"({dcase2019['loss']}; esc10,"):
