@@ -12,15 +12,10 @@ Several GPUs: `torchrun --nproc_per_node=8 finetune.py ...`. Then use the result
     python finetune.py --predict dog.wav --init runs/finetune --plot dog.png
 The run's folder has a model for each fold and fraction, and a line of JSON for each in results.jsonl.
 
-Shapes: B clips, S samples, T frames, L latents in time, D width, C classes. A layer is a conformer block, counted from
-1; what heads and options call frames are the steps of 80 ms that latents have.
+Shapes: B clips, S samples, T frames, L latents in time, D width, C classes. What heads call frames are the steps of
+80 ms that latents have.
 """
 import argparse
-import contextlib
-import copy
-import functools
-import hashlib
-import importlib.util
 import json
 import math
 import sys
@@ -37,14 +32,15 @@ from torch.nn.parallel import DistributedDataParallel
 import augment
 import metrics
 from conformer import BatchNorm
-from datasets import (READERS, Bar, InputError, Parser, batches, claim, collate, derive_seed, file_path, find_device,
-                      in_range, load_labelled, open_audio, progress, rank, read_blocks, reading, run_script, say,
-                      to_int16, world_size, write_events, write_whole)
+from datasets import (READERS, InputError, Parser, batches, collate, derive_seed, find_device, in_range,
+                      load_labelled, progress, rank, read_audio, reading, run_script, say, world_size, write_whole)
 from frontend import HOP, MELS, SAMPLE_RATE, LogMel, frame_count, padding_mask
-from pretrain import (MAX_CONSECUTIVE_SKIPS, SIGNALS, add_running_options, agree, all_reduce, autocast, compile_blocks,
-                      fetch, finish, init_distributed, load_checkpoint, load_encoder, load_weights, resume,
-                      save_checkpoint)
+from pretrain import (MAX_CONSECUTIVE_SKIPS, SIGNALS, add_running_options, all_reduce, autocast, compile_blocks,
+                      fetch, finish, init_distributed, load_checkpoint, load_encoder, resume, save_checkpoint,
+                      training_bar)
 from wav2vec2 import SIZES, Wav2Vec2
+
+# ------------------------------------------------------------------------------------------------- the model and its loss
 
 
 def linear_softmax(logits, padding_mask=None):
@@ -79,56 +75,8 @@ def stats_over_time(x, padding_mask=None):
 POOLINGS = dict(mean=(mean_over_time, 1), stats=(stats_over_time, 2))
 
 
-class SumOverProcesses(torch.autograd.Function):
-    """A tensor added up over all processes. So is its gradient, as each process's loss depends on the sum."""
-
-    @staticmethod
-    def forward(ctx, x):
-        """Any shape."""
-        x = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx, gradient):
-        """Any shape."""
-        return SumOverProcesses.forward(ctx, gradient)
-
-
-class Standardise(BatchNorm):
-    """Each component to mean 0 and variance 1 over a batch's steps that are not padding, those of all processes: one
-    alone may have very few. (B, L, D), padding_mask (B, L) or None -> (B, L, D)."""
-
-    def __init__(self, dim):
-        super().__init__(dim, affine=False)
-
-    def forward(self, x, padding_mask=None):
-        if not self.training or world_size() == 1:
-            return super().forward(x, padding_mask)
-        valid = x.flatten(0, 1) if padding_mask is None else x[~padding_mask]       # (N, D)
-        add = SumOverProcesses.apply
-        count = add(valid.new_tensor(len(valid)))
-        mean = add(valid.sum(0)) / count
-        variance = add((valid - mean).square().sum(0)) / count
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-        return (x - mean) * torch.rsqrt(variance + self.eps)
-
-
-def block_number(encoder, layer):
-    """The number of a block, from 1 on: of "last", or of "middle", which --embed and HEAR read. Raises InputError where
-    there are fewer."""
-    blocks = encoder.settings["blocks"]
-    number = {"middle": (blocks + 1) // 2, "last": blocks}.get(layer, layer)
-    if number > blocks:
-        raise InputError(f"--layer {layer}: the model has only {blocks} conformer blocks")
-    return number
-
-
 class Classifier(nn.Module):
-    """A pre-trained encoder, up to block `layer` (see `block_number`, which may raise InputError), and one of
-    the paper's two heads (Sec. 4), or a third: log-mels to logits (B, C).
+    """A pre-trained encoder and one of the paper's two heads (Sec. 4), or a third: log-mels to logits (B, C).
 
     head "frames" is AudioSet's: a linear layer at each step, then linear softmax pooling. head "mean" is that of
     all other tasks: embeddings averaged over time, then a linear layer. head "stats", not the paper's, sees their
@@ -137,7 +85,7 @@ class Classifier(nn.Module):
     probe (He et al. 2022).
     """
 
-    def __init__(self, encoder, classes, head="mean", dropout=0.1, freeze=False, layer="last"):
+    def __init__(self, encoder, classes, head="mean", dropout=0.1, freeze=False):
         super().__init__()
         if head not in (*POOLINGS, "frames"):
             raise ValueError(f"no head '{head}'")
@@ -146,10 +94,8 @@ class Classifier(nn.Module):
         encoder.requires_grad_(not freeze)
         encoder.output_proj.requires_grad_(False)       # only pre-training needs these two, and
         encoder.mask_embedding.requires_grad_(False)    # DDP refuses unused parameters
-        self.layer = block_number(encoder, layer)
-        encoder.conformer.blocks[self.layer:].requires_grad_(False)
         dim = encoder.settings["dim"] * (1 if head == "frames" else POOLINGS[head][1])
-        self.standardise = Standardise(dim) if freeze or head == "stats" else None
+        self.standardise = BatchNorm(dim, affine=False) if freeze or head == "stats" else None
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(dim, classes)
 
@@ -175,7 +121,7 @@ class Classifier(nn.Module):
 
     def forward(self, log_mel, padding_mask=None):
         """log_mel (B, T, 64), padding_mask (B, T) or None -> logits (B, C), float32."""
-        x, padding_mask = self.encoder.encode(log_mel, padding_mask, self.layer)
+        x, padding_mask = self.encoder.encode(log_mel, padding_mask)
         with torch.autocast(x.device.type, enabled=False):          # in bf16 many logits would tie
             return self.clip_logits(x.float(), padding_mask)
 
@@ -184,15 +130,15 @@ class Classifier(nn.Module):
         return logits.softmax(1) if self.single_label else logits.sigmoid()
 
 
-def three_stage_lr(update, updates, peak, shares=(0.3, 0.3, 0.4)):
-    """Learning rate of Sec. 4.3: a linear warm-up from a hundredth of the peak, a hold, and an exponential decay to
-    a twentieth (start and end as wav2vec 2.0 is fine-tuned in fairseq)."""
-    warmup, hold, decay = (share * updates for share in shares)
-    if update < warmup:
-        return peak * (0.01 + 0.99 * update / warmup)
-    if update < warmup + hold or decay == 0:
+def three_stage_lr(update, updates, peak):
+    """Learning rate of Sec. 4.3: for 30% of the updates a linear warm-up from a hundredth of the peak, for 30% a hold,
+    and an exponential decay to a twentieth (shares, start and end as wav2vec 2.0 is fine-tuned in fairseq)."""
+    share = update / updates
+    if share < 0.3:
+        return peak * (0.01 + 0.99 * share / 0.3)
+    if share < 0.6:
         return peak
-    return peak * 0.05 ** ((update - warmup - hold) / decay)
+    return peak * 0.05 ** ((share - 0.6) / 0.4)
 
 
 def consistency(logits, others, loss="bce"):
@@ -220,42 +166,27 @@ def compute_loss(logits, target, args):
     return loss
 
 
-def gather(x):
-    """Concatenate a tensor over all processes: (B / world,) -> (B,), or (B / world, T, 64) -> (B, T, 64), padded to
-    the longest."""
-    if world_size() == 1:
-        return x
-    if x.dim() == 3:
-        longest = torch.tensor(x.shape[1], device=x.device)
-        dist.all_reduce(longest, dist.ReduceOp.MAX)
-        x = F.pad(x, (0, 0, 0, int(longest) - x.shape[1]))
-    parts = [torch.empty_like(x) for _ in range(world_size())]
-    dist.all_gather(parts, x)
-    return torch.cat(parts)
-
-
 @torch.no_grad()
 def augment_batch(waveform, lengths, frontend, args, generator):
     """The versions of a batch that are trained on, each after the augmentations of Sec. 4.1: a list of log-mels
     (B, T, 64), and their padding mask. With the consistency loss there are two versions.
 
     waveform (B, S) is this process's part of a batch. The random numbers are drawn for the whole batch, whichever
-    part this process has, and mixup's partners come from all of it.
+    part this process has; mixup's partners come from its own part.
     """
     B, versions = len(waveform), []
-    all_clips, own_clips = B * world_size(), slice(rank() * B, (rank() + 1) * B)
+    own_clips = slice(rank() * B, (rank() + 1) * B)
     for _ in range(2 if args.consistency else 1):
-        rand = torch.rand(all_clips, 4, generator=generator)[own_clips].to(waveform.device)
-        order = torch.randperm(all_clips, generator=generator)[own_clips].to(waveform.device)
+        rand = torch.rand(B * world_size(), 4, generator=generator)[own_clips].to(waveform.device)
+        order = torch.randperm(B, generator=generator)
         version = augment.jitter(waveform, rand[:, 0]) if "jitter" in args.augment else waveform
         log_mel = frontend(version, lengths)
         padding = padding_mask(lengths, log_mel)
         if "time_mask" in args.augment:
             log_mel = augment.time_mask(log_mel, rand[:, 1:3], padding)
         if "mixup" in args.augment:
-            frames = frame_count(gather(lengths.to(waveform.device)))[order]
-            partner = gather(log_mel)[order, :log_mel.shape[1]]
-            log_mel = augment.mixup(log_mel, partner, rand[:, 3], frames)
+            frames = frame_count(lengths[order]).to(waveform.device)
+            log_mel = augment.mixup(log_mel, log_mel[order.to(waveform.device)], rand[:, 3], frames)
         versions.append(log_mel)
     return versions, padding
 
@@ -265,7 +196,7 @@ def augment_batch(waveform, lengths, frontend, args, generator):
 
 def main():
     """Train and test on each fraction and fold, or use a model. Raises InputError where it can't start or continue."""
-    args, state = parse()
+    args = parse()
     if args.predict or args.embed:
         return run_inference(args)
     device, out = init_distributed(args), Path(args.out)
@@ -274,51 +205,45 @@ def main():
     if args.loss is None:       # the recipe leaves it to the labels; accuracy is the metric where each clip has one
         args.loss = "ce" if data.metric == "accuracy" and args.head != "frames" else "bce"
     jobs = plan(data, args)
-    # No two pre-trainings end with the same mask embedding.
-    start = init["model"]["mask_embedding"].numpy().tobytes() if init else b""
-    digest = hashlib.sha256(f"{data.digest()} {' '.join(data.splits)} ".encode() + start).hexdigest()
-    if state and state["data"] != digest:
-        raise InputError(f"{out} was started with other clips, labels, splits or another --init: name the same again")
-    agree(args, state and (state["job"], state["update"]), digest)
-    state = state or dict(job=0, update=0, lines=[])
-    lines, first = state["lines"], state["job"]
+    checkpoint = resume(args, "finetune.py", data.digest())
+    results = out / "results.jsonl"
+    lines = list(map(json.loads, results.read_text().splitlines())) if checkpoint and results.exists() else []
     say(f"on {device} x {world_size()}; " + (f"from {args.init}" if init else f"{args.size or 'tiny'} from scratch"))
-    with claim(out) if rank() == 0 else contextlib.nullcontext():
-        for job, (name, fraction, fold, training, valid, test) in enumerate(jobs[first:], first):
-            began = time.time()
-            model, frontend = build(args, training, init, device)
-            save = functools.partial(save_checkpoint, out / "checkpoint.pt", model, script="finetune.py",
-                                     args=vars(args), data=digest, lines=lines)
-            scores = train(model, frontend, training, valid, args, name, functools.partial(save, job=job), state)
-            save_checkpoint(out / f"{name}_fraction{fraction:g}.pt", model, frontend=frontend.state_dict(),
-                            settings=model.encoder.settings, classes=data.classes, head=args.head, freeze=args.freeze,
-                            layer=model.layer, script="finetune.py", args=vars(args))
-            score, classes = (scores["last"], None) if args.no_test else evaluate(model, frontend, test, args)
-            minutes = round((time.time() - began) / 60, 2)
-            lines.append(dict(fold=fold, fraction=fraction, metric=data.metric, score=score, valid_best=scores["best"],
-                              valid_last=scores["last"], classes=classes, train=training.fingerprint(),
-                              test=test.fingerprint(), minutes=minutes, args=vars(args)))
-            if rank() == 0:
-                write_whole(out / "results.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-            state = dict(job=job + 1, update=0)
-            save(**state)
-            metric, epochs = "validation " * args.no_test + data.metric, args.updates * args.batch_size / len(training)
-            say(f"{name}: {metric} {score:.3f} on {len(test)} clips"
-                + f" over {classes} classes" * (classes is not None)
-                + (f" (validation: last {scores['last']:.3f}, best of up to twenty {scores['best']:.3f})" if len(valid)
-                   else "") + f", after {len(training)} clips x {epochs:.0f} epochs, {minutes:.1f} min\n    "
-                f"trained on {lines[-1]['train']}\n    scored on {lines[-1]['test']}")
-            if args.fold == "all" and fold is not None and fold == jobs[-1][2]:
-                of_folds = [line["score"] for line in lines if line["fraction"] == fraction]
-                say(f"fraction {fraction:g}: mean {metric} over {len(of_folds)} folds {np.mean(of_folds):.3f} "
-                    f"(standard deviation {np.std(of_folds):.3f})")
-        say(f"done: {out / 'results.jsonl'}")
-        finish(args)
+
+    for job, (name, fraction, fold, training, valid, test) in enumerate(jobs):
+        if job < len(lines):
+            continue                                            # it was done before the run was resumed
+        began = time.time()
+        model, frontend = build(args, training, init, device)
+        train(model, frontend, training, args, name, dict(job=job, data=data.digest()),
+              checkpoint if checkpoint and checkpoint["job"] == job else None)
+        save_checkpoint(out / f"{name}_fraction{fraction:g}.pt", model, frontend, settings=model.encoder.settings,
+                        classes=data.classes, head=args.head, freeze=args.freeze, script="finetune.py",
+                        args=vars(args))
+        score = evaluate(model, frontend, test, args)
+        score_valid = evaluate(model, frontend, valid, args) if len(valid) else None
+        lines.append(dict(fold=fold, fraction=fraction, metric=data.metric, score=score, valid=score_valid,
+                          train=training.fingerprint(), test=test.fingerprint(),
+                          minutes=round((time.time() - began) / 60, 2), args=vars(args)))
+        if rank() == 0:
+            write_whole(results, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        epochs = args.updates * args.batch_size / len(training)
+        say(f"{name}: {data.metric} {score:.3f} on {len(test)} clips"
+            + (f", {score_valid:.3f} on {len(valid)} validation clips" if len(valid) else "")
+            + f", after {len(training)} clips x {epochs:.0f} epochs, {lines[-1]['minutes']:.1f} min\n"
+            f"    trained on {lines[-1]['train']}\n    scored on {lines[-1]['test']}")
+    if args.fold == "all":
+        for fraction in args.fraction:
+            scores = [line["score"] for line in lines if line["fraction"] == fraction]
+            say(f"fraction {fraction:g}: mean {data.metric} over {len(scores)} folds {np.mean(scores):.3f} "
+                f"(standard deviation {np.std(scores):.3f})")
+    say(f"done: {results}")
+    finish(args)
 
 
 def plan(data, args):
     """What is trained one after the other: a list of (name, fraction, fold, training, validation and test set). The
-    fold is None for sets without; with --no-test the validation set is the test set too.
+    fold is None for sets without.
 
     Raises InputError for options that don't fit the data, and where the metric would have no answer.
     """
@@ -327,20 +252,15 @@ def plan(data, args):
     if data.metric == "accuracy" and len(data.classes) < 2:
         raise InputError(f"{args.data} has one class only, nothing to tell it from; is --root the folder above the "
                          "classes?")
-    if args.no_test and not args.validate and not (data.splits == "valid").any():
-        raise InputError("--no-test needs validation clips: give --validate too")
     folds = set(data.splits.tolist())
     folds = sorted(folds, key=int) if all(fold.isdigit() for fold in folds) else [None]     # train, valid and test
-    if args.fold not in (None, "all", *folds):
-        raise InputError(f"--fold {args.fold}: {args.data} has " + (
-            f"{', '.join(folds)}, all" if folds != [None] else "no folds; leave it out"))
-    chosen = folds if args.fold == "all" else folds[:1] if args.fold is None else [args.fold]
+    chosen = {None: folds[:1], "all": folds}.get(args.fold, [args.fold])
+    if chosen[0] not in folds:
+        raise InputError(f"--fold {args.fold}: {args.data} has {folds if folds != [None] else 'no folds'}")
     jobs = [(f"fold{fold}" if fold else "model", fraction, fold, *split(data, folds, fold, fraction, args))
             for fraction in args.fraction for fold in chosen]
-    for *_, valid, test in jobs:
-        for part in (valid, test):
-            if len(part):
-                measure(data.metric, torch.zeros(len(part), len(data.classes)), part.targets(range(len(part))))
+    for *_, test in jobs:
+        measure(data.metric, torch.zeros(len(test), len(data.classes)), test.targets(range(len(test))))
     return jobs
 
 
@@ -349,33 +269,30 @@ def split(data, folds, fold, fraction, args):
 
     Raises InputError where there are too few folds or clips for that.
     """
-    splits = data.splits
     if fold is None:
-        training, valid, test = (np.flatnonzero(splits == name) for name in ("train", "valid", "test"))
+        training, valid, test = (np.flatnonzero(data.splits == name) for name in ("train", "valid", "test"))
     else:
-        training, test = np.flatnonzero(splits != fold), np.flatnonzero(splits == fold)
-        valid = training[:0]
+        training, valid, test = np.flatnonzero(data.splits != fold), [], np.flatnonzero(data.splits == fold)
     if args.validate and len(valid) == 0:
         if fold is None:
-            groups = data.groups[training]
-            first = training[np.sort(np.unique(groups, return_index=True)[1])]                  # clip of each group
-            held_out = np.setdiff1d(first, data.subset(first).fraction(0.9, args.seed).rows)    # rows of `data`
-            valid = training[np.isin(groups, data.groups[held_out])]
+            first = {}                                                          # clip of each group
+            for i in training:
+                first.setdefault(data.groups[i], i)
+            kept = data.subset(list(first.values())).fraction(0.9, args.seed)
+            held_out = np.isin(data.groups, list(first.keys() - set(kept.groups)))
+            valid = np.flatnonzero(held_out & (data.splits == "train"))
         else:
-            if len(folds) < 3:
-                raise InputError("--validate needs three folds at least: to train, to validate, to test")
-            valid = np.flatnonzero(splits == folds[(folds.index(fold) + 1) % len(folds)])
+            following = folds[(folds.index(fold) + 1) % len(folds)]
+            valid = np.flatnonzero(data.splits == following)
         training = training[~np.isin(data.groups[training], data.groups[valid])]
-    if len(training) == 0 or len(test) == 0 and not args.no_test:
-        raise InputError(f"{args.data}: {f'fold {fold}' if fold else 'its splits'} give {len(training)} "
-                         f"clips to train on and {len(test)} to test on; is the set's table whole?")
-    if args.validate and len(valid) == 0:
-        raise InputError(f"--validate: {args.data} has too few clips or groups of a class to hold out a tenth")
+    if len(training) == 0 or len(test) == 0 or args.validate and len(valid) == 0:
+        raise InputError(f"{args.data}: {f'fold {fold}' if fold else 'its splits'} give {len(training)} clips to train "
+                         f"on, {len(valid)} to validate and {len(test)} to test on: too few")
     training = data.subset(training)
     if fraction < 1:
         training = training.fraction(fraction, args.seed)
     training.seconds = args.seconds
-    return training, data.subset(valid), data.subset(valid if args.no_test else test)
+    return training, data.subset(valid), data.subset(test)
 
 
 def build(args, training, init, device):
@@ -383,91 +300,79 @@ def build(args, training, init, device):
     torch.manual_seed(args.seed)
     if init:
         encoder, frontend = load_encoder(init)
-        load_weights(init, encoder, frontend)
     else:
         encoder, frontend = Wav2Vec2(args.size or "tiny"), LogMel()
         some = np.linspace(0, len(training) - 1, min(len(training), 512)).astype(int)
         frontend.fit_normalization(collate([(training.waveform(i), 0)])[:2] for i in some)
-    model = Classifier(encoder, len(training.classes), args.head, args.head_dropout, args.freeze, args.layer)
+    model = Classifier(encoder, len(training.classes), args.head, args.head_dropout, args.freeze)
     if args.compile:
         compile_blocks(encoder)
     return model.to(device).train(), frontend.to(device)        # `train` also keeps a frozen encoder in evaluation mode
 
 
-def train(model, frontend, training, valid, args, label, save, state):
-    """Fine-tune in place; with validation clips the model ends with the weights that did best on them. Returns the
-    validation scores, dict(best=, last=), both None without validation clips. `save(**content)` writes a checkpoint;
-    `state` is what one holds of this job, or has update=0. Raises InputError after MAX_CONSECUTIVE_SKIPS updates in a
-    row that are not finite."""
-    device = frontend.mean.device
-    wrapped = model if world_size() == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
-    encoder = [p for p in model.encoder.parameters() if p.requires_grad]
-    head = [p for name, p in model.named_parameters() if not name.startswith("encoder.")]
-    groups = [dict(params=head, lr_share=1.0), dict(params=encoder, lr_share=args.encoder_lr)]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=device.type != "mps")
-    done, scores, best_weights, skips_in_a_row = state["update"], dict(best=None, last=None), None, 0
-    if done:
-        load_weights(state, model, frontend)
-        optimizer.load_state_dict(state["optimizer"])
-        scores, best_weights = state["scores"], state["best_weights"]
-    loader = batches(training, args.batch_size, args.updates, args.seed, done, rank(), world_size(), args.workers,
+def train(model, frontend, training, args, label, job, checkpoint):
+    """Fine-tune in place, from the beginning or from the checkpoint of this job; job: what its checkpoints say of it.
+    Raises InputError after MAX_CONSECUTIVE_SKIPS updates in a row that are not finite."""
+    device, world = frontend.mean.device, world_size()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=args.weight_decay,
+                                  fused=device.type != "mps")
+    done, skips_in_a_row = 0, 0
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        frontend.load_state_dict(checkpoint["frontend"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        done = checkpoint["update"]
+    wrapped = model if world == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
+    local_batch = args.batch_size // world
+    micro_batch = args.micro_batch or local_batch
+    loader = batches(training, args.batch_size, args.updates, args.seed, done, rank(), world, args.workers,
                      clips_by_class=training.clips_by_class() if args.balance else None)
-    bar, validate_every = Bar(args.updates, done, label, silent=rank() > 0), -(-args.updates // 20)
+    bar = training_bar(args.updates, done, label)
+
     # waveform (B, S) int16 and lengths (B,) in samples, on the CPU; numbers (B,) of the clips in the set.
     for update, (waveform, lengths, numbers) in enumerate(loader, done):
-        for group in optimizer.param_groups:
-            group["lr"] = group["lr_share"] * three_stage_lr(update, args.updates, args.lr, args.stages)
+        optimizer.param_groups[0]["lr"] = three_stage_lr(update, args.updates, args.lr)
         # Random numbers for augmentation (1), the same on any device, and for dropout (2).
         generator = torch.Generator().manual_seed(derive_seed(1, args.seed, update))
         torch.manual_seed(derive_seed(2, args.seed, update, rank()))
         versions, padding = augment_batch(waveform.to(device, non_blocking=True), lengths, frontend, args, generator)
-        target = torch.from_numpy(training.targets(numbers)).to(device)
-        loss = add_gradients(wrapped, versions, padding, target, args)
-        sums = all_reduce(dict(loss=loss / world_size(), signals=torch.full_like(loss, len(SIGNALS))))
-        norm = torch.nn.utils.clip_grad_norm_(encoder + head, 1.0)                      # pretrain.py's --max-grad-norm
-        figures = fetch(dict(sums, norm=norm))
-        finite = all(map(math.isfinite, figures.values()))
-        if finite:
+        target = torch.from_numpy(training.targets(numbers)).to(device)                     # (B, C)
+
+        loss = torch.zeros((), device=device)
+        for i in range(0, local_batch, micro_batch):
+            part = slice(i, i + micro_batch)
+            log_mel = torch.cat([version[part] for version in versions])                    # (V B, T, 64)
+            mask = None if padding is None else padding[part].repeat(len(versions), 1)
+            wrapped.require_backward_grad_sync = i + micro_batch == local_batch             # DDP: in the last part only
+            with autocast(device, args.dtype):
+                logits = wrapped(log_mel, mask)                                             # (V B, C)
+            share = compute_loss(logits, target[part], args) * micro_batch / local_batch
+            share.backward()
+            loss += share.detach()
+        sums = all_reduce(dict(loss=loss / world, signals=torch.full_like(loss, len(SIGNALS))))
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)                              # pretrain.py's default
+        figures = fetch(dict(sums, norm=norm))                                              # waits for the device, once
+
+        if all(map(math.isfinite, figures.values())):
             optimizer.step()
-        skips_in_a_row = 0 if finite else skips_in_a_row + 1
+            skips_in_a_row = 0
+        else:
+            skips_in_a_row += 1
         optimizer.zero_grad()
         if skips_in_a_row == MAX_CONSECUTIVE_SKIPS:
             raise InputError(f"loss or gradient not finite in {skips_in_a_row} updates in a row, now at {update + 1} "
-                             f"with {', '.join(training.names[n] for n in numbers[:3])}, ...: lower --lr")
+                             f"with {training.clips[numbers[0]].name}, ...: lower --lr")
 
         done, stopping = update + 1, figures["signals"] > 0
-        best = "" if scores["best"] is None else f" best {scores['best']:.3f}"
-        bar.show(done, f"loss {figures['loss']:.3f}{best}")
-        if len(valid) and (done == args.updates or done % validate_every == 0):
-            scores["last"], _ = evaluate(model, frontend, valid, args)
-            if scores["best"] is None or scores["last"] > scores["best"]:
-                scores["best"], best_weights = scores["last"], copy.deepcopy(model.state_dict())
+        bar.set_postfix_str(f"loss {figures['loss']:.3f}", refresh=False)
+        bar.update()
         if stopping or done == args.updates or done % args.checkpoint_every == 0:
-            save(update=done, frontend=frontend.state_dict(), optimizer=optimizer.state_dict(), scores=scores,
-                 best_weights=best_weights)
+            save_checkpoint(Path(args.out) / "checkpoint.pt", model, frontend, **job, update=done,
+                            optimizer=optimizer.state_dict(), script="finetune.py", args=vars(args))
         if stopping:
             finish(args, stopped=True)      # exits
     bar.close()
-    if best_weights:
-        model.load_state_dict(best_weights)
-    return scores
-
-
-def add_gradients(wrapped, versions, padding, target, args):
-    """Forward and backward pass of a batch, in parts of --micro-batch clips: V versions (B, T, 64), their padding mask,
-    (B, T) or None, target (B, C) -> the mean loss, without gradient."""
-    B, total = len(target), torch.zeros((), device=target.device)
-    micro_batch = args.micro_batch or B
-    for i in range(0, B, micro_batch):
-        part = slice(i, i + micro_batch)
-        mask = None if padding is None else padding[part].repeat(len(versions), 1)
-        wrapped.require_backward_grad_sync = i + micro_batch == B           # between processes: once
-        with autocast(target.device, args.dtype):                           # (V B, C): all versions in one pass
-            logits = wrapped(torch.cat([version[part] for version in versions]), mask)
-        loss = compute_loss(logits, target[part], args) * micro_batch / B
-        loss.backward()
-        total += loss.detach()
-    return total
 
 
 # Each metric's function returns its value, or one for each class, to be averaged.
@@ -476,15 +381,12 @@ METRICS = dict(accuracy=metrics.accuracy, mAP=metrics.average_precisions, MAUC=m
 
 
 def measure(metric, logits, targets):
-    """A metric, and how many classes it is the mean of (None: it is of clips): logits and targets (N, C). Raises
-    InputError where it has no answer."""
+    """A metric: logits and targets (N, C) -> a number. Raises InputError where it has no answer."""
     try:
         value = METRICS[metric](logits, targets)
-        if np.ndim(value) == 0:
-            return value, None
-        return metrics.mean_over_classes(value), int(np.isfinite(value).sum())
+        return value if np.ndim(value) == 0 else metrics.mean_over_classes(value)
     except ValueError as error:
-        raise InputError(f"no {metric} on {len(targets)} clips to test or validate on: {error}") from None
+        raise InputError(f"no {metric} on {len(targets)} clips to test on: {error}") from None
 
 
 def evaluate(model, frontend, data, args):
@@ -506,83 +408,58 @@ def compute_logits(model, frontend, data, args, batch_seconds=320):
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
     device, logits = frontend.mean.device, torch.zeros(len(data), len(data.classes))
-    by_length, parts = np.argsort(-data.lengths, kind="stable")[rank()::world_size()], []
-    while len(by_length):
-        fit = max(1, min(256, int(batch_seconds * SAMPLE_RATE / data.lengths[by_length[0]])))
-        parts.append(by_length[:fit])
-        by_length = by_length[fit:]
-    for part in progress(parts, "evaluate", disable=True if rank() else None):
-        waveform, lengths, numbers = collate([(data.waveform(n), n) for n in part])
+    longest_first = sorted(range(len(data)), key=lambda i: -data.clips[i].samples)
+    own = longest_first[rank()::world_size()]
+    bar = progress(None, "evaluate", total=len(own))
+    while own:
+        seconds = data.clips[own[0]].samples / SAMPLE_RATE
+        count = max(1, min(256, int(batch_seconds / seconds)))
+        waveform, lengths, numbers = collate([(data.waveform(i), i) for i in own[:count]])
         log_mel = frontend(waveform.to(device), lengths)
         with autocast(device, args.dtype), torch.compiler.set_stance("force_eager"):        # so many shapes
             logits[numbers] = model(log_mel, padding_mask(lengths, log_mel)).float().cpu()
-    if not logits.isfinite().all():
-        raise InputError("the model's predictions are not finite: lower --lr")
+        own = own[count:]
+        bar.update(count)
+    bar.close()
     if world_size() > 1:        # each clip is 0 everywhere but in one process
         logits = logits.to(device)
         dist.all_reduce(logits)
+    if not logits.isfinite().all():
+        raise InputError("the model's predictions are not finite: lower --lr")
     return logits.cpu()
 
 
 # -------------------------------------------------------------------------------------------------------- using a model
 
 
-LONGEST = 12            # hours of a recording that --predict and --embed take: 2.2 GB in `large`
-
-
 def run_inference(args):
     """--predict and --embed. Raises InputError at the end for recordings that can't be read."""
-    device, sounds = find_device(args.device), args.predict or args.embed
-    outputs = [file for file in (args.out if args.embed else None, args.tsv, args.plot) if file]
-    for wrong, message in (
-            (args.predict and args.out, "--predict prints: --out is for --embed and for training"),
-            (args.embed and not args.out, "--embed needs --out, the .npy file to write"),
-            (args.frames and not (args.out or "").endswith(".npz"), "--frames writes an .npz file: name it by --out"),
-            (args.plot and (len(sounds) != 1 or Path(args.plot).suffix not in (".png", ".svg", ".pdf")),
-             "--plot draws one recording, which --predict names, into a .png, .svg or .pdf"),
-            (args.plot and importlib.util.find_spec("matplotlib") is None,
-             "--plot needs another package: pip install matplotlib"),
-            (args.tsv and len({Path(sound).name for sound in sounds}) < len(sounds),
-             "--tsv has file names without folders: two of these sounds have the same"),
-            (args.tsv and args.tsv == args.plot, "--tsv and --plot name the same file"),
-            *((Path(file).exists(), f"{file}: exists already; name a new file") for file in outputs)):
-        if wrong:
-            raise InputError(message)
-    model, frontend, classes = load_run(args.init, device)
+    sounds, target = args.predict or args.embed, args.out if args.embed else args.plot
+    if args.embed and not args.out:
+        raise InputError("--embed needs --out, the .npy file to write")
+    if args.plot and (len(sounds) != 1 or Path(args.plot).suffix not in (".png", ".svg", ".pdf")):
+        raise InputError("--plot draws one recording, which --predict names, into a .png, .svg or .pdf")
+    if target and Path(target).exists():
+        raise InputError(f"{target}: exists already; name a new file")
+    model, frontend, classes = load_run(args.init, find_device(args.device))
     if args.predict and not classes:
         raise InputError(f"{args.init}: is pre-trained only and knows no classes: fine-tune it first")
-    if args.tsv and model.head != "frames":
-        raise InputError(f"--tsv: {args.init} tells no events; fine-tune with --head frames")
-    if args.embed:
-        block_number(getattr(model, "encoder", model), args.layer or "middle")
-    for file in outputs:
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
-    embeddings, errors, events_of_all = [], [], []
+    embeddings, errors = [], []
     for sound in sounds:
-        notes = []
         try:
             if args.embed:
-                embeddings.append((sound, embed(sound, model, frontend, args.layer, args.frames, notes)))
-            else:
-                probabilities, events = predict(sound, model, frontend, classes, args.threshold, notes)
-                print_prediction(sound, probabilities, events, args.json)
-                events_of_all += [(Path(sound).name, *event) for event in events or ()]
-                if args.plot:
-                    plot_prediction(args.plot, sound, model, frontend, classes, probabilities, events)
-            for note in notes:
-                print(f"{sound}: {note}", file=sys.stderr)
+                embeddings.append(embed(sound, model, frontend))
+                continue
+            probabilities, events = predict(sound, model, frontend, classes, args.threshold)
+            print_prediction(sound, probabilities, events, args.json)
+            if args.plot:
+                plot_prediction(args.plot, sound, model, frontend, classes, probabilities, events)
         except InputError as error:
             errors.append(str(error))
-    if args.tsv and len(errors) < len(sounds):
-        write_events(args.tsv, events_of_all)
     if embeddings:
-        names, arrays = zip(*embeddings, strict=True)
         with open(args.out, "wb") as file:
-            if args.frames:
-                np.savez(file, *arrays, sounds=np.array(names))
-            else:
-                np.save(file, np.stack(arrays))
-        print(f"{args.out}: {'(L, D)' if args.frames else 'a row'} for each of {len(embeddings)} sounds")
+            np.save(file, np.stack(embeddings))
+        print(f"{args.out}: a row for each of {len(embeddings)} sounds")
     if errors:
         raise InputError("; ".join(errors))
 
@@ -594,68 +471,68 @@ def load_run(run, device="cpu"):
     (Wav2Vec2, frontend, []), good for embeddings. Raises InputError where it is none of these.
     """
     path = Path(run)
-    if path.is_dir() and not (path / "log.jsonl").exists():         # which pretrain.py writes
-        models = sorted(path.glob("*_fraction*.pt"))
-        if len(models) != 1:
-            raise InputError(f"{run}: holds {len(models)} fine-tuned models"
-                             + f"; name one: {', '.join(map(str, models))}" * bool(models))
-        path = models[0]
-    content = load_checkpoint(path)
-    if "settings" not in content:
-        raise InputError(f"{path}: is what --resume needs of a run; name the run's folder, or a model in it")
-    classes, (model, frontend) = content.get("classes", []), load_encoder(content)
-    if classes:
-        with reading(path, "use another model"):
-            model = Classifier(model, len(classes), content["head"], 0.0, content["freeze"], content["layer"])
-    load_weights(content, model, frontend)
-    model.single_label = content["args"].get("loss") == "ce"
+    models = sorted(path.glob("*_fraction*.pt"))
+    if len(models) > 1:
+        raise InputError(f"{run}: holds {len(models)} models; name one: {', '.join(map(str, models))}")
+    content = load_checkpoint(models[0] if models else path)
+    if content["script"] == "pretrain.py":
+        model, frontend = load_encoder(content)
+        return model.to(device).eval(), frontend.to(device), []
+    with reading(path, "name the run's folder, or a model in it"):
+        classes, frontend = content["classes"], LogMel()
+        encoder = Wav2Vec2(**content["settings"])
+        model = Classifier(encoder, len(classes), content["head"], 0.0, content["freeze"])
+        model.load_state_dict(content["model"])
+        frontend.load_state_dict(content["frontend"])
+        model.single_label = content["args"]["loss"] == "ce"
     return model.to(device).eval(), frontend.to(device), classes
 
 
 @torch.no_grad()
-def encode_recording(path, model, frontend, layer=None, notes=None):
-    """A recording of any length and rate, in equal parts of up to a minute, each by itself: its log-mels (T, 64) and
-    embeddings (L, D) by block `layer` (None: the one that a classifier reads). Raises InputError for what `read_blocks`
-    can't read, and more than LONGEST hours; so do `embed` and `predict`."""
-    with open_audio(path) as (file, _, promised):
-        seconds = promised / file.samplerate if promised else 60
-    encoder, device = getattr(model, "encoder", model), frontend.mean.device
-    # A part is as many seconds as make whole latents: 2, 4, ..., for the usual stack of 4 frames.
-    multiple = math.lcm(encoder.settings["stack"] * HOP, SAMPLE_RATE) // SAMPLE_RATE
-    parts = math.ceil(seconds / 60)
-    window = multiple * math.ceil(seconds / parts / multiple)
+def encode_recording(path, model, frontend, layer=None):
+    """A recording of any rate, in equal parts of up to a minute, each by itself: its log-mels (T, 64) and embeddings
+    (L, D) by block `layer` (None: the last). Says on stderr where it is not as long as its header says. Raises
+    InputError for what `read_audio` can't read; so do `embed` and `predict`."""
+    waveform, note = read_audio(path)
+    if note:
+        print(f"{path}: {note}", file=sys.stderr)
+    encoder = getattr(model, "encoder", model)
+    latent = encoder.settings["stack"] * HOP                                # samples
+    parts = math.ceil(len(waveform) / (60 * SAMPLE_RATE))
+    window = latent * math.ceil(len(waveform) / parts / latent)
     log_mels, embeddings = [], []
-    for block in progress(read_blocks(path, window, notes), Path(path).name, unit=" parts"):
-        if max(seconds, sum(map(len, log_mels)) * HOP / SAMPLE_RATE) > LONGEST * 3600:
-            raise InputError(f"{path}: is longer than {LONGEST} hours; cut it into parts")
-        if len(block) < HOP and log_mels:
-            break               # next to nothing is left
-        log_mel = frontend(torch.from_numpy(to_int16(block)[0])[None].to(device))
+    for part in progress(torch.from_numpy(waveform).split(window), Path(path).name, unit=" parts"):
+        log_mel = frontend(part[None].to(frontend.mean.device))
         log_mels.append(log_mel[0])
-        embeddings.append(encoder.encode(log_mel, layer=layer or getattr(model, "layer", None))[0][0])
+        embeddings.append(encoder.encode(log_mel, layer=layer)[0][0])
     return torch.cat(log_mels), torch.cat(embeddings)
 
 
-def embed(path, model, frontend, layer=None, frames=False, notes=None):
-    """The embedding of a recording by conformer block `layer` ("middle", or None, is the middle one): its mean and
-    standard deviation over time (2 D,), or with `frames` all of it (L, D), 12.5 a second at R = 4. `notes`, a list,
-    gets a remark where the recording is not as long as it says."""
-    layer = block_number(getattr(model, "encoder", model), layer or "middle")
-    _, x = encode_recording(path, model, frontend, layer, notes)
-    return (x if frames else stats_over_time(x[None])[0]).cpu().numpy()
+def middle_block(encoder):
+    """The number of the block that --embed and HEAR read: later ones are busy with the pre-training task."""
+    return (encoder.settings["blocks"] + 1) // 2
+
+
+def embed(path, model, frontend):
+    """The embedding of a recording by the middle conformer block: its mean and standard deviation over time (2 D,)."""
+    _, x = encode_recording(path, model, frontend, middle_block(getattr(model, "encoder", model)))
+    return stats_over_time(x[None])[0].cpu().numpy()
 
 
 @torch.no_grad()
-def predict(path, model, frontend, classes, threshold=0.5, notes=None):
+def predict(path, model, frontend, classes, threshold=0.5):
     """What is heard in a recording: {class: probability}, the most probable first, and, if the head gives
-    frame probabilities, the events: (onset, offset, class) in seconds, where they exceed `threshold`. As `embed`."""
-    log_mel, x = encode_recording(path, model, frontend, notes=notes)
-    probabilities, events = model.probabilities(model.clip_logits(x[None]))[0], None
+    frame probabilities, the events: (onset, offset, class) in seconds, where they exceed `threshold`."""
+    log_mel, x = encode_recording(path, model, frontend)
+    probabilities = model.probabilities(model.clip_logits(x[None]))[0]
+    events = None
     if model.head == "frames":
         heard = model.frame_logits(x[None])[0].sigmoid() > threshold                        # (L, C)
         changes = F.pad(heard.int(), (0, 0, 1, 1)).diff(dim=0).T                            # (C, L + 1)
-        onsets, offsets = ((changes == sign).nonzero().tolist() for sign in (1, -1))
-        step, end = model.encoder.settings["stack"] * HOP / SAMPLE_RATE, len(log_mel) * HOP / SAMPLE_RATE
+        onsets = (changes == 1).nonzero().tolist()
+        offsets = (changes == -1).nonzero().tolist()
+        step = model.encoder.settings["stack"] * HOP / SAMPLE_RATE
+        end = len(log_mel) * HOP / SAMPLE_RATE
         events = sorted((round(on * step, 2), round(min(off * step, end), 2), classes[c])
                         for (c, on), (_, off) in zip(onsets, offsets, strict=True))
     order = probabilities.argsort(descending=True).tolist()
@@ -675,25 +552,29 @@ def print_prediction(sound, probabilities, events, as_json):
 def plot_prediction(out, sound, model, frontend, classes, probabilities, events):
     """Draw what `predict` returns: log-mels, below them the probabilities of the five most probable classes over time
     (of each step or, for heads without, about each second), boxes around events. Needs matplotlib."""
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("--plot needs another package: pip install matplotlib") from None
 
     log_mel, x = encode_recording(sound, model, frontend)
     steps = 1 if model.head == "frames" else min(len(x), 12)        # that make a column
     parts = x[:len(x) // steps * steps].unflatten(0, (-1, steps))
     columns = model.probabilities(model.clip_logits(parts)).cpu().numpy()
-    seconds, top = len(log_mel) * HOP / SAMPLE_RATE, list(probabilities)[:5]
+    seconds = len(log_mel) * HOP / SAMPLE_RATE
     end = len(columns) * steps * model.encoder.settings["stack"] * HOP / SAMPLE_RATE
+    top = list(probabilities)[:5]
+    image = columns[:, [classes.index(name) for name in top]].T
     figure = Figure((9, 5), layout="constrained")
     above, below = figure.subplots(2, sharex=True)
     above.imshow(log_mel.T.cpu().numpy(), origin="lower", aspect="auto", extent=(0, seconds, 0, MELS), cmap="magma",
                  vmin=-3, vmax=3)
     above.set_title(Path(sound).name, parse_math=False)
     above.set_ylabel("mel band")
-    image = below.imshow(columns[:, [classes.index(name) for name in top]].T, aspect="auto", vmin=0, vmax=1,
-                         cmap="Blues", interpolation="nearest", extent=(0, end, len(top) - 0.5, -0.5))
+    below.imshow(image, aspect="auto", vmin=0, vmax=1, cmap="Blues", interpolation="nearest",
+                 extent=(0, end, len(top) - 0.5, -0.5))
     below.set(xlabel="seconds", xlim=(0, seconds))
     below.set_yticks(range(len(top)), [f"{name}  {probabilities[name]:.2f}" for name in top], parse_math=False)
-    figure.colorbar(image, ax=below, label="probability")
     for onset, offset, name in events or ():
         if name in top:
             below.broken_barh([(onset, offset - onset)], (top.index(name) - 0.45, 0.9), fc="none", ec="tab:red", lw=0.8)
@@ -715,7 +596,7 @@ def load_model(model_file_path="runs/pretrain"):
 @torch.no_grad()
 def get_timestamp_embeddings(audio, model):
     """HEAR: audio (B, S) in [-1, 1] -> embeddings (B, L, D) by the middle block, and the time of each in ms (B, L)."""
-    x, _ = model.encode(model.frontend(audio), layer=block_number(model, "middle"))
+    x, _ = model.encode(model.frontend(audio), layer=middle_block(model))
     stack, end = model.settings["stack"], 1000 * audio.shape[1] / SAMPLE_RATE
     frames = torch.arange(x.shape[1], device=x.device) * stack + (stack - 1) / 2        # frame t is centred on t hops
     return x, (frames * (1000 * HOP / SAMPLE_RATE)).clamp(max=end).expand(len(x), -1)
@@ -734,8 +615,8 @@ def get_scene_embeddings(audio, model):
 # by sweeps that it does not print. ESC-10 and synth were tried here, the others not; sets of one's own, often as
 # small, get the same.
 DEFAULTS = dict(updates=2000, batch_size=32, lr=5e-4, seconds=10.0, head="mean", head_dropout=0.1,
-                balance=False, augment=["jitter", "time_mask", "mixup"], consistency=2.0, loss="bce", encoder_lr=1.0,
-                layer="last", checkpoint_every=500)
+                balance=False, augment=["jitter", "time_mask", "mixup"], consistency=2.0, loss="bce",
+                checkpoint_every=500)
 FEW_LABELS = dict(updates=1000, batch_size=16, lr=1e-3, seconds=5.0, head="stats", augment=["jitter"], consistency=0.0,
                   loss=None)            # see `main`
 RECIPES = {
@@ -757,39 +638,31 @@ FREEZE_LR = 1e-2        # a linear layer on standardised embeddings takes a larg
 
 
 def parse(argv=None):
-    """The options, with what the data set leaves open filled in, and the checkpoint to resume from or None. Raises
-    InputError for impossible options."""
+    """The options, with what the data set leaves open filled in. Raises InputError for impossible options."""
     parser = Parser(prog="finetune.py", description=__doc__,
                     epilog="Some defaults depend on the data set (RECIPES in finetune.py).")
-    share = in_range(float, 0, 1)
-
-    def block(text):
-        return text if text in ("middle", "last") else in_range(int, 1, 1000)(text)
-
     add = parser.add_argument_group("run").add_argument
-    add("--init", nargs="?", const="runs/pretrain", type=file_path, metavar="RUN", help="start from this pre-training "
-        "run (no name: runs/pretrain); without it, from scratch")
-    add("--out", type=file_path, help="folder of this run (runs/finetune; from scratch runs/scratch)")
+    add("--init", nargs="?", const="runs/pretrain", metavar="RUN", help="start from this pre-training run (no name: "
+        "runs/pretrain); without it, from scratch")
+    add("--out", help="folder of this run (runs/finetune; from scratch runs/scratch)")
 
     group = parser.add_argument_group("use a model, --init", "The folder of a run, or a .pt file in it.")
     add, use = group.add_argument, group.add_mutually_exclusive_group().add_argument
-    use("--predict", nargs="+", type=file_path, metavar="SOUND", help="print the five most probable classes of each "
-        "recording and, for models with the head 'frames', when each is heard")
-    use("--embed", nargs="+", type=file_path, metavar="SOUND", help="write a row for each recording into --out (.npy): "
-        "mean and standard deviation over time; --init may be pre-trained only")
-    add("--frames", action="store_true", help="with --embed: an array for each recording, a row for each 80 ms, into "
-        "--out (.npz)")
-    add("--threshold", type=share, default=0.5, help="with --predict: of frame probabilities (%(default)s)")
+    use("--predict", nargs="+", metavar="SOUND", help="print the five most probable classes of each recording and, for "
+        "models with the head 'frames', when each is heard")
+    use("--embed", nargs="+", metavar="SOUND", help="write a row for each recording into --out (.npy): mean and "
+        "standard deviation over time; --init may be pre-trained only")
+    add("--threshold", type=in_range(float, 0, 1), default=0.5, help="with --predict: of frame probabilities "
+        "(%(default)s)")
     add("--json", action="store_true", help="with --predict: a line of JSON for each recording, with all classes")
-    add("--tsv", type=file_path, metavar="FILE", help="with --predict: write the events, as in DCASE")
-    add("--plot", type=file_path, metavar="FILE", help="with --predict of one recording: draw its log-mels, and when "
-        "the five most probable classes are heard (.png, .svg, .pdf)")
+    add("--plot", metavar="FILE", help="with --predict of one recording: draw its log-mels, and when the five most "
+        "probable classes are heard (.png, .svg, .pdf)")
 
     add = parser.add_argument_group("data").add_argument
     add("--data", choices=READERS, default="synth", help="'synth' is made on the fly; 'folder' are your own sounds, a "
         "sub-folder a class; 'csv' your own table with the columns file, labels (separated by ;) and perhaps split "
         "(train, valid, test or the number of a fold) and group (of clips that stay together) (%(default)s)")
-    add("--root", type=file_path, help="where the set lies, in its official layout or packed; for csv the table")
+    add("--root", help="where the set lies, in its official layout or packed; for csv the table")
     add("--fold", help="of sets with folds, the one to test on, or 'all', one after the other (1)")
     add("--fraction", type=in_range(float, 1e-6, 1), nargs="+", default=[1.0], help="of the training clips, class by "
         "class; several are tried one after the other (%(default)s)")
@@ -797,14 +670,10 @@ def parse(argv=None):
     add("--seconds", type=in_range(float, 0.1, 3600), help="of longer clips, train on random crops (10; synth, folder, "
         "csv 5, esc10 3)")
     add("--validate", action="store_true", help="hold out validation clips where a set has none: a tenth of the "
-        "training clips, or the next fold. With such clips, the weights that do best on them are tested")
-    add("--no-test", action="store_true", help="report the last weights' score on the validation clips instead: for "
-        "choosing options")
+        "training clips, or the next fold. They are scored too: for choosing options")
 
     add = parser.add_argument_group("model").add_argument
     add("--size", choices=SIZES, help="from scratch (tiny); with --init the size is that of the run")
-    add("--layer", type=block, help="the conformer block that is read: a number, 'middle' or 'last' (last; "
-        "--embed: middle)")
     add("--head", choices=[*POOLINGS, "frames"], help="average the embeddings, then a linear layer; 'stats': "
         "average and deviation, better with few labels; 'frames': probabilities at each step, then linear softmax "
         "pooling, which also tells when (mean; audioset frames; synth, esc10, folder, csv stats)")
@@ -818,9 +687,6 @@ def parse(argv=None):
         "16 to 640)")
     add("--lr", type=in_range(float, 1e-12, 1e6), help="peak learning rate (by data set, 3e-4 to 1e-3; frozen "
         "1e-2)")
-    add("--encoder-lr", type=share, help="the encoder's, as a share of --lr (1)")
-    add("--stages", type=share, nargs=3, default=[0.3, 0.3, 0.4], metavar=("WARMUP", "HOLD", "DECAY"),
-        help="shares of the updates (%(default)s)")
     add("--loss", choices=["bce", "ce"], help="binary cross-entropy or, for one label a clip, cross-entropy (bce; "
         "esc10, folder, csv ce where each clip has one and --head is not frames)")
     add("--augment", nargs="*", choices=["jitter", "time_mask", "mixup"], metavar="NAME", help="those of jitter, "
@@ -830,31 +696,25 @@ def parse(argv=None):
     add_running_options(parser)
 
     args = parser.parse_args(argv)
-    if (args.tsv or args.plot) and not args.predict or args.frames and not args.embed:
-        raise InputError("--tsv and --plot are for --predict, --frames is for --embed")
     if args.predict or args.embed:
         args.init = args.init or "runs/finetune"
-        return args, None
+        return args
     args.out = args.out or ("runs/finetune" if args.init else "runs/scratch")
     recipe = {**DEFAULTS, **RECIPES[args.data], **({"lr": FREEZE_LR} if args.freeze else {})}
     for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args, checkpoint = resume(parser, args, argv)
-    for wrong, message in (
-            (abs(sum(args.stages) - 1) > 1e-3, f"--stages {args.stages} must be three shares that sum to 1"),
-            (args.loss == "ce" and args.head == "frames",
-             "--loss ce is for --head mean or stats: it leaves frame probabilities without a scale"),
-            ((args.head == "stats" or args.freeze and args.head == "mean") and world_size() == 1
-             and 1 in (args.batch_size, args.micro_batch),
-             "--freeze and --head stats standardise over a batch, which needs two clips at least: raise --batch-size "
-             "or --micro-batch, or use --head mean without --freeze"),
-            (args.data == "synth" and args.root, "--root needs --data, the kind of set that lies there"),
-            (args.size and args.init, "--size is for training from scratch: with --init it is that of the run"),
-            (len({f"{x:g}" for x in args.fraction}) < len(args.fraction), "--fraction: one is there twice")):
-        if wrong:
-            raise InputError(message)
-    return args, checkpoint
+    if args.loss == "ce" and args.head == "frames":
+        parser.error("--loss ce is for --head mean or stats: it leaves frame probabilities without a scale")
+    standardised = args.head == "stats" or args.freeze and args.head == "mean"
+    if standardised and 1 in (args.batch_size // world_size(), args.micro_batch):
+        parser.error("--freeze and --head stats standardise over a batch, which needs two clips at least: raise "
+                     "--batch-size or --micro-batch, or use --head mean without --freeze")
+    if args.data == "synth" and args.root:
+        parser.error("--root needs --data, the kind of set that lies there")
+    if args.size and args.init:
+        parser.error("--size is for training from scratch: with --init it is that of the run")
+    return args
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Every formula is compared with numpy or plain Python that says what it means. Th
 temporary folders: as a user runs them where processes, signals and kills matter, else within the tests' process.
 """
 import contextlib
+import functools
 import importlib.util
 import inspect
 import io
@@ -119,14 +120,9 @@ def call(monkeypatch, capsys):
     return call
 
 
-def read_audio(path):
-    """A whole recording: mono float32 (S,) at 16 kHz."""
-    return np.concatenate(list(datasets.read_blocks(path)))
-
-
 def parse_finetune(*options):
     """The options of a fine-tuning."""
-    return finetune.parse(options)[0]
+    return finetune.parse(options)
 
 
 def clock(step):
@@ -760,7 +756,7 @@ def test_learning_rates_are_the_papers():
 
 def test_defaults_are_the_papers():
     for size in ("small", "large"):
-        args, _ = pretrain.parse(["--size", size, "--out", "nowhere"])
+        args = pretrain.parse(["--size", size, "--out", "nowhere"])
         assert (args.updates, args.warmup, args.lr, args.weight_decay) == (300_000, 10_000, 3e-4, 0.01)
     args = parse_finetune("--data", "audioset")
     assert (args.batch_size, args.head, args.balance) == (640, "frames", True)
@@ -770,7 +766,7 @@ def test_defaults_are_the_papers():
 
 def test_help_tells_the_defaults(capsys):
     """--help and the tables of defaults are written apart."""
-    tiny, large = (vars(pretrain.parse(["--size", size, "--out", "nowhere"])[0]) for size in ("tiny", "large"))
+    tiny, large = (vars(pretrain.parse(["--size", size, "--out", "nowhere"])) for size in ("tiny", "large"))
     few, own, esc10, dcase2019, audioset = (
         vars(parse_finetune("--data", data, "--out", "nowhere"))
         for data in ("synth", "folder", "esc10", "dcase2019", "audioset"))
@@ -796,8 +792,7 @@ def test_help_tells_the_defaults(capsys):
                  f"({dcase2019['head']}; audioset {audioset['head']}; synth, esc10, folder, csv {few['head']})",
                  f"(by data set, {few['head_dropout']} to {dcase2019['head_dropout']})",
                  f"({dcase2019['consistency']:g}; synth, esc10, folder, csv {few['consistency']:g})",
-                 f"(all; synth, esc10, folder, csv {' '.join(few['augment'])})", f"({few['layer']}; --embed: middle)",
-                 f"as a share of --lr ({few['encoder_lr']:g})", f"({dcase2019['loss']}; esc10,"):
+                 f"(all; synth, esc10, folder, csv {' '.join(few['augment'])})", f"({dcase2019['loss']}; esc10,"):
         assert text in shown[1], text
 
 
@@ -853,7 +848,8 @@ def test_all_weights_of_a_head_are_trained(monkeypatch):
     monkeypatch.setitem(finetune.POOLINGS, "mean", (lambda x, mask: finetune.mean_over_time(x, mask) * model.scale, 1))
     data = labelled_set([(0,), (1,)] * 4)
     args = parse_finetune("--updates", "2", "--batch-size", "4", "--head", "mean")
-    finetune.train(model, LogMel(), data, data.subset([]), args, "model", lambda **content: None, dict(update=0))
+    monkeypatch.setattr(finetune, "save_checkpoint", lambda *_, **content: None)
+    finetune.train(model, LogMel(), data, args, "model", {}, None)
     assert (model.scale != 1).all() and model.linear.weight.grad is model.scale.grad is None
 
 
@@ -870,27 +866,6 @@ def test_a_frozen_encoder_feeds_standardised_embeddings(head):
     assert (rows.var(0, correction=0) < 1.01).all() and (rows.var(0, correction=0) > 0.1).all()
     assert not any(p.requires_grad for p in model.encoder.parameters())
     assert finetune.Classifier(Wav2Vec2("tiny", **SMALL), 3).standardise is None
-
-
-def test_standardising_looks_at_the_clips_of_all_processes(tmp_path):
-    """Two processes with two clips each: values and gradients as in one process with all four; same for use."""
-    x, w = torch.randn(4, 1, 3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
-
-    def standardise(x):
-        module, x = finetune.Standardise(3).double(), x.clone().requires_grad_()
-        y = module(x)
-        (y.tanh() @ w).sum().backward()
-        return [y.detach(), x.grad, module.eval()(x).detach()]
-
-    def process(rank):
-        os.environ["WORLD_SIZE"] = "2"
-        torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=rank, world_size=2)
-        torch.save(standardise(x[2 * rank:2 * rank + 2]), tmp_path / str(rank))
-
-    assert fork(process, 2) == [0, 0]
-    parts = [torch.load(tmp_path / str(rank)) for rank in range(2)]
-    for whole, *two in zip(standardise(x), *parts, strict=True):
-        torch.testing.assert_close(torch.cat(two), whole)
 
 
 def test_all_processes_score_with_the_averages_that_are_saved(tmp_path):
@@ -992,23 +967,18 @@ def test_mixup_gets_partners_and_their_lengths(monkeypatch):
 def labelled_set(labels, classes=None, splits=None, groups=None):
     """A labelled set of clips that hold nothing but their own number."""
     splits, groups = splits or [str(i % 5 + 1) for i in range(len(labels))], groups or [""] * len(labels)
-    clips = [datasets.Clip(str(i), own, split, None, group, 10)
+    clips = [datasets.Clip(str(i), tuple("abcdefg"[c] for c in own), split, group, samples=10,
+                           read=functools.partial(np.full, 10, i, np.int16))
              for i, (own, split, group) in enumerate(zip(labels, splits, groups, strict=True))]
-    return datasets.ClipSet(clips, [np.full(10, i, np.int16) for i in range(len(labels))],
-                                list("abcdefg"[:classes or 1 + max(c for own in labels for c in own)]), "accuracy")
+    return datasets.ClipSet(clips, "abcdefg"[:classes or 1 + max(c for own in labels for c in own)], "accuracy")
 
 
 def test_balanced_draws_each_class_equally_often_and_all_its_clips():
-    data = labelled_set([(0,)] * 20 + [(1,)] * 3 + [(0, 2)], classes=4)     # nobody has class 3
-    drawn = datasets.ClipStream(data, 0, data.clips_by_class())
-    turns = [[drawn.number(3 * turn + k) for k in range(3)] for turn in range(42)]
-    rare = [[i for i in turn if i in clips] for clips in ((20, 21, 22), (23,)) for turn in turns]
-    assert all(len(found) >= 1 for found in rare)               # each class in each turn
-    assert all(len([i for i in turn if 20 <= i < 23]) == 1 for turn in turns)
-    counts = np.bincount(np.ravel(turns), minlength=24)
-    assert (counts[20:23] == 14).all()                          # three clips in 42 turns
-    assert (counts[:20] == 2).all() and counts[23] == 42 + 2    # 21 clips of class 0 in 42 turns
-    assert turns[0] != turns[1] != turns[2]
+    data = labelled_set([(0,)] * 20 + [(1,)] * 3 + [(2,)], classes=4)       # nobody has class 3
+    stream = datasets.ClipStream(data, 0, data.clips_by_class())
+    counts = np.bincount([stream.number(n) for n in range(6000)], minlength=24)
+    np.testing.assert_allclose(counts[:20], 100, atol=40)
+    np.testing.assert_allclose(counts[20:], [667, 667, 667, 2000], atol=100)
 
 
 # ------------------------------------------------------------------------- Sec. 4.2 Consistency loss
@@ -1017,7 +987,7 @@ def test_balanced_draws_each_class_equally_often_and_all_its_clips():
 def test_consistency_augments_each_clip_twice():
     wave, lengths = torch.randn(4, 16_000), torch.tensor([16_000, 9_000, 16_000, 9_000])
     (first, second), _ = finetune.augment_batch(wave, lengths, LogMel(), finetune.parse(
-        ["--consistency", "2", "--augment", "time_mask"])[0], torch.Generator().manual_seed(0))
+        ["--consistency", "2", "--augment", "time_mask"]), torch.Generator().manual_seed(0))
     hidden = [(version == 0).all(2) for version in (first, second)]
     assert not torch.equal(*hidden)                             # each has its own mask
     seen = ~hidden[0] & ~hidden[1]
@@ -1141,21 +1111,104 @@ def test_metrics_refuse_what_has_no_answer():
 # ------------------------------------------------------------------------- reading
 
 
+def encoded(folder, suffix, seconds=5, rate=44_100, **options):
+    """The bytes of a tone with noise in a format, written by soundfile."""
+    write_wav(folder / "original.wav", seconds, rate)
+    waveform, _ = soundfile.read(folder / "original.wav")
+    waveform += 0.03 * np.random.default_rng(1).standard_normal(len(waveform)) * np.linspace(0, 1, len(waveform))
+    soundfile.write(folder / f"original.{suffix}", waveform, rate, **options)
+    return (folder / f"original.{suffix}").read_bytes()
+
+
+def without_first_frame(mp3):
+    """An MP3 without its Xing frame, that is, as old encoders wrote it."""
+    return mp3[mp3.index(b"\xff\xfb", 4):]
+
+
+def with_bytes(content, marker, value):
+    """With other bytes behind a marker (or at a place)."""
+    place = content.index(marker) + len(marker) if isinstance(marker, bytes) else marker
+    return content[:place] + value + content[place + len(value):]
+
+
+def little(number):
+    """Four bytes, the smallest first."""
+    return number.to_bytes(4, "little")
+
+
+OPUS, CONSTANT, VARIABLE = (dict(format="OGG", subtype="OPUS"), dict(bitrate_mode="CONSTANT"),
+                            dict(bitrate_mode="VARIABLE", compression_level=0.5))
+REAL_FILES = {
+    # name: (suffix, options of soundfile, what is done to the bytes, seconds that are read, note)
+    "wav": ("wav", {}, bytes, 5, ""),
+    "flac": ("flac", {}, bytes, 5, ""),
+    "ogg": ("ogg", {}, bytes, 5, ""),
+    "opus": ("opus", OPUS, bytes, 5, ""),
+    "mp3": ("mp3", {}, bytes, 5, ""),
+    "mp3 of constant rate without Xing": ("mp3", CONSTANT, without_first_frame, 5, ""),
+    "mp3 of variable rate without Xing": ("mp3", VARIABLE, without_first_frame, 5, ""),
+    "mp3 with a picture": ("mp3", VARIABLE, lambda b: b"ID3\3\0\0\0\6\5\3" + bytes((6 * 128 + 5) * 128 + 3)
+                           + without_first_frame(b), 5, ""),
+    "mp3 with a tag behind": ("mp3", CONSTANT, lambda b: without_first_frame(b) + b"TAG" + b"x" * 125, 5, ""),
+    "flac of unknown length": ("flac", {}, lambda b: with_bytes(b, 22, bytes(4)), 5, ""),
+    **{f"streamed wav, {size:x}": ("wav", {}, lambda b, size=size: with_bytes(b, b"data", little(size)), 5, "")
+       for size in (0x7FFFF000, 2_000_000_000, 0xFFFFFFFF)},
+    **{f"wav of a recorder that crashed, {riff}": ("wav", {}, lambda b, riff=riff: with_bytes(with_bytes(
+        b, b"data", little(0)), 4, little(riff)), 5, "") for riff in (0, 8, 36, 441_036)},
+    "wavex of a recorder that crashed": ("wav", dict(format="WAVEX"), lambda b: with_bytes(b, b"data", bytes(4)), 5, ""),
+    "wav with a header too large": ("wav", {}, lambda b: with_bytes(b, b"data", little(441_010)), 5, ""),
+    "cut wav": ("wav", {}, lambda b: b[:44 + 282_240], 3.2, "ends after 3.2 of 5.0 s"),
+    "cut aiff": ("aiff", {}, lambda b: b[:54 + 282_240], 3.2, "ends after 3.2 of 5.0 s"),
+    "cut au": ("au", {}, lambda b: b[:24 + 282_240], 3.2, "ends after 3.2 of 5.0 s"),
+    "cut flac": ("flac", {}, lambda b: b[:len(b) // 2], 2.6, r"ends after 2\.\d of 5.0 s"),
+    "cut mp3": ("mp3", CONSTANT, lambda b: b[:len(b) // 2], 2.5, r"ends after 2\.\d of 5.0 s"),
+    "cut ogg": ("ogg", {}, lambda b: b[:len(b) // 2], 2.4, r"ends after 2\.\d s"),
+    "cut opus": ("opus", OPUS, lambda b: b[:len(b) // 2], 2.0, r"ends after 2\.0 s"),
+    "damaged flac": ("flac", {}, lambda b: with_bytes(b, len(b) // 2, bytes(300)), 2.5, r"ends after 2\.\d of 5.0 s"),
+}
+
+
+@pytest.mark.parametrize("name", REAL_FILES)
+def test_what_decodes_is_used_and_listed(tmp_path, name, capfd):
+    """The samples are those of the recording, as far as it decodes; a note tells where that is not all of it."""
+    suffix, options, change, seconds, note = REAL_FILES[name]
+    whole = encoded(tmp_path, suffix, rate=48_000 if suffix == "opus" else 44_100, **options)
+    (tmp_path / f"a.{suffix}").write_bytes(change(whole))
+    expected, _ = datasets.read_audio(tmp_path / f"original.{suffix}")
+    capfd.readouterr()
+    waveform, found = datasets.read_audio(tmp_path / f"a.{suffix}")
+    assert capfd.readouterr() == ("", "") or note               # libmpg123 warns of what it doubts
+    assert re.fullmatch(note, found)
+    assert len(waveform) / 16_000 == pytest.approx(seconds, abs=0.25 if suffix in ("ogg", "opus", "flac") else 0.08)
+    size = min(len(waveform), len(expected))
+    likeness = np.fft.irfft(np.fft.rfft(waveform, 2 * size) * np.fft.rfft(expected[:size], 2 * size).conj())
+    shift = likeness.argmax()           # the missing frame of an MP3 would have told how much the encoder put before it
+    assert shift == 0 if suffix != "mp3" else 0 <= shift < 1000
+    assert np.corrcoef(waveform[shift:size], expected[:size - shift])[0, 1] > 0.999
+
+
 @pytest.mark.parametrize("suffix, rate, channels", [
-    ("wav", 44_100, 2), ("flac", 48_000, 6), ("ogg", 22_050, 1), ("opus", 48_000, 2),
-    ("mp3", 44_100, 2), ("wav", 8_000, 1)])
-def test_read_audio_of_any_format_rate_and_channels(tmp_path, suffix, rate, channels):
-    path = tmp_path / f"tone.{suffix}"
-    t = np.arange(rate) / rate
-    tone = 0.3 * np.sin(2 * np.pi * 440 * t)
+    ("wav", 44_100, 2), ("flac", 48_000, 6), ("ogg", 22_050, 1), ("mp3", 44_100, 2), ("wav", 8_000, 1)])
+def test_any_format_rate_and_number_of_channels_is_read(tmp_path, suffix, rate, channels):
+    """Channels are averaged, the offset goes, and the loudest sample comes to full scale."""
+    tone = np.sin(2 * np.pi * 440 * np.arange(rate) / rate)
     shares = 2 * np.arange(1, channels + 1) / (channels + 1)    # each channel at its own level, 1 on average
-    soundfile.write(path, tone[:, None] * shares, rate,
-                    **(dict(format="OGG", subtype="OPUS") if suffix == "opus" else {}))
-    wave = read_audio(path)
-    assert len(wave) == pytest.approx(16_000, abs=100)
-    spectrum = abs(np.fft.rfft(wave[:15_000]))
-    assert spectrum.argmax() * 16_000 / 15_000 == pytest.approx(440, abs=2)
-    assert np.std(wave) == pytest.approx(0.3 / math.sqrt(2), rel=0.03)
+    soundfile.write(tmp_path / f"a.{suffix}", 0.3 * tone[:, None] * shares + 0.1, rate)
+    waveform, _ = datasets.read_audio(tmp_path / f"a.{suffix}")
+    assert waveform.dtype == np.int16 and len(waveform) == pytest.approx(16_000, abs=100)
+    expected = np.round(32767 * np.sin(2 * np.pi * 440 * np.arange(16_000) / 16_000))
+    middle = slice(1000, 15_000)
+    np.testing.assert_allclose(waveform[middle], expected[middle], atol=3000 if suffix in ("mp3", "ogg") else 300)
+
+
+@pytest.mark.parametrize("level, offset", [(40, 0), (1e-5, 0), (0.05, 0.5)])
+def test_level_and_offset_do_not_count(tmp_path, level, offset):
+    """Of a float recording far beyond full scale, or hardly above zero, nothing is clipped or lost."""
+    sound = np.random.default_rng(0).standard_normal(48_000) * np.sin(np.arange(48_000) / 3000)
+    soundfile.write(tmp_path / "a.wav", level * sound + offset, 16_000, subtype="FLOAT")
+    waveform, _ = datasets.read_audio(tmp_path / "a.wav")
+    expected = sound - sound.mean()
+    np.testing.assert_allclose(waveform, expected * 32767 / np.abs(expected).max(), atol=3)
 
 
 def bad_files(folder):
@@ -1169,444 +1222,134 @@ def bad_files(folder):
     write_wav(folder / "cut.flac")
     (folder / "cut.flac").write_bytes((folder / "cut.flac").read_bytes()[:300])
     return {"text.wav": "not readable", "nothing.wav": "not readable", "empty.wav": "no sound", "nan.wav": "not finite",
-            "rate.wav": "can't be right", "cut.flac": "no sound in it .*lost sync", "missing.wav": "No such file"}
+            "rate.wav": "can't be right", "cut.flac": "no sound in it .*lost sync", "missing.wav": "no such file"}
 
 
-def test_bad_files_are_named_with_their_fault(tmp_path):
-    for name, word in bad_files(tmp_path).items():
+def test_bad_files_are_named_with_their_fault(tmp_path, monkeypatch):
+    words = bad_files(tmp_path)
+    os.mkfifo(tmp_path / "fifo.wav")
+    for name, word in dict(words, **{"fifo.wav": "no such file"}).items():
         with pytest.raises(InputError, match=f"{name}.*{word}"):
-            read_audio(tmp_path / name)
-
-
-def encoded(folder, suffix, seconds=5, rate=44_100, **options):
-    """The bytes of a tone with noise in a format, and its waveform."""
-    write_wav(folder / "original.wav", seconds, rate)
-    waveform, _ = soundfile.read(folder / "original.wav")
-    waveform += 0.03 * np.random.default_rng(1).standard_normal(len(waveform)) * np.linspace(0, 1, len(waveform))
-    soundfile.write(folder / f"original.{suffix}", waveform, rate, **options)
-    return bytearray((folder / f"original.{suffix}").read_bytes())
-
-
-def without_first_frame(mp3):
-    """An MP3 without its Xing frame, that is, as old encoders wrote it: frames begin with eleven bits of 1."""
-    version, rate = mp3[1] >> 3 & 3, [44_100, 48_000, 32_000][mp3[2] >> 2 & 3]
-    kbps = ([0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320] if version == 3 else
-            [0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160])[mp3[2] >> 4]
-    return mp3[(144_000 * kbps // rate if version == 3 else 72_000 * kbps // (rate // (2 if version == 2 else 4)))
-               + (mp3[2] >> 1 & 1):]
-
-
-def with_bytes(content, place, value):
-    """With other bytes at a place, which may be a marker: just behind it."""
-    place = content.index(place) + len(place) if isinstance(place, bytes) else place
-    return content[:place] + value + content[place + len(value):]
-
-
-def mp3_in_wav(mp3):
-    """Format 0x55, one channel of 44.1 kHz, and no fact chunk that would tell how many samples."""
-    header = bytes([0x55, 0, 1, 0]) + little(44_100) + little(8000) + bytes(
-        [1, 0, 0, 0, 12, 0, 1, 0, 2, 0, 0, 0, 0xA2, 1, 1, 0, 0x71, 5])
-    chunks = b"WAVEfmt " + little(len(header)) + header + b"data" + little(len(mp3)) + mp3
-    return b"RIFF" + little(len(chunks)) + chunks
-
-
-def little(number):
-    """Four bytes, the smallest first."""
-    return number.to_bytes(4, "little")
-
-
-WHOLE, VARIABLE = 5.0, dict(bitrate_mode="VARIABLE", compression_level=0.5)         # seconds; options of soundfile
-REAL_FILES = {
-    # name: (suffix, options of soundfile, what is done to the bytes, seconds that are read, note)
-    "mp3 of constant rate": ("mp3", dict(bitrate_mode="CONSTANT"), without_first_frame, WHOLE, None),
-    "mp3 of variable rate": ("mp3", VARIABLE, without_first_frame, WHOLE, None),
-    "mp3 with a picture": ("mp3", VARIABLE,
-                           lambda b: b"ID3\3\0\0\0\6\5\3" + bytes((6 * 128 + 5) * 128 + 3) + without_first_frame(b),
-                           WHOLE, None),
-    "mp3 in a wav": ("mp3", VARIABLE,
-                     lambda b: mp3_in_wav(without_first_frame(b)), WHOLE, None),
-    "two mp3s in one": ("mp3", {}, lambda b: b + b, WHOLE, "after 5.0 s, 50% of the file: more"),
-    "two oggs in one": ("ogg", {}, lambda b: b + b, WHOLE, "its first part: more is in the file"),
-    "two opus in one": ("opus", dict(format="OGG", subtype="OPUS"), lambda b: b + b, WHOLE, "its first part"),
-    "wav with a long chunk behind": ("wav", {}, lambda b: b + b"id3 " + little(90_000) + bytes(90_000), WHOLE, None),
-    "wavex of a recorder that crashed": ("wav", dict(format="WAVEX"), lambda b: with_bytes(b, b"data", bytes(4)), WHOLE,
-                                         None),
-    "wav of over 4 GiB": ("wav", {}, lambda b: with_bytes(b, b"data", little(88_200)), 1.0, "20% of the file: more"),
-    "au that promises less": ("au", {}, lambda b: with_bytes(b, 8, (88_200).to_bytes(4, "big")), 1.0, "more is in it"),
-    "aiff that promises less": ("aiff", {}, lambda b: with_bytes(with_bytes(
-        b, b"SSND", (88_208).to_bytes(4, "big")), b.index(b"COMM") + 10, (44_100).to_bytes(4, "big")), 1.0, "more is"),
-    "flac that promises less": ("flac", {}, lambda b: with_bytes(b, 22, (44_100).to_bytes(4, "big")), 1.0, "more is"),
-    "flac of unknown length": ("flac", {}, lambda b: with_bytes(b, 22, bytes(4)), WHOLE, None),
-    **{f"streamed wav, {size:x}": ("wav", {}, lambda b, size=size: with_bytes(b, b"data", little(size)), WHOLE, None)
-       for size in (0x7FFFF000, 0x7FFFFF00, 2_000_000_000, 0xFFFFFFFF)},
-    **{f"wav of a recorder that crashed, {riff}": ("wav", {}, lambda b, riff=riff: with_bytes(with_bytes(
-        b, b"data", little(0)), 4, little(riff)), WHOLE, None) for riff in (0, 8, 36, 441_036)},
-    "wav with a header too large": ("wav", {}, lambda b: with_bytes(b, b"data", little(441_010)), WHOLE, None),
-    "cut wav": ("wav", {}, lambda b: b[:44 + 282_240], 3.2, "ends after 3.2 of 5.0 s"),
-    "cut aiff": ("aiff", {}, lambda b: b[:54 + 282_240], 3.2, "ends after 3.2 of 5.0 s"),
-    "cut au": ("au", {}, lambda b: b[:24 + 282_240], 3.2, "ends after 3.2 of 5.0 s"),
-    "cut flac": ("flac", {}, lambda b: b[:len(b) // 2], 2.6, r"ends after 2\.\d of 5.0 s"),
-    "cut mp3": ("mp3", dict(bitrate_mode="CONSTANT"), lambda b: b[:len(b) // 2], 2.5, r"ends after 2\.\d of 5.0 s"),
-    "cut ogg": ("ogg", {}, lambda b: b[:len(b) // 2], 2.4, "of the file: more|without an end mark"),
-    "cut opus": ("opus", dict(format="OGG", subtype="OPUS"), lambda b: b[:len(b) // 2], 2.0, "without an end mark"),
-    "damaged flac": ("flac", {}, lambda b: with_bytes(b, len(b) // 2, bytes(300)), 2.5, r"ends after 2\.\d of 5.0 s"),
-}
-
-
-@pytest.mark.parametrize("name", REAL_FILES)
-def test_what_decodes_is_used_and_listed(tmp_path, name):
-    """The samples are those of the recording, as far as they are read, by any way of reading; a note tells the rest."""
-    suffix, options, change, seconds, note = REAL_FILES[name]
-    rate = 48_000 if suffix == "opus" else 44_100
-    whole = encoded(tmp_path, suffix, rate=rate, **options)
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / f"a.{'wav' if name == 'mp3 in a wav' else suffix}").write_bytes(change(whole))
-    (path,), notes = datasets.audio_files(tmp_path / "in"), []
-    expected, _ = datasets.read_int16(tmp_path / f"original.{suffix}", [])
-    waveform, _ = datasets.read_int16(path, notes)
-    assert len(waveform) / 16_000 == pytest.approx(seconds, abs=0.25 if suffix in ("ogg", "opus", "flac") else 0.08)
-    size = min(len(waveform), len(expected))
-    likeness = np.fft.irfft(np.fft.rfft(waveform, 2 * size) * np.fft.rfft(expected[:size], 2 * size).conj())
-    shift = likeness.argmax()           # the missing frame of an MP3 would have told how much the encoder put before it
-    assert shift == 0 if suffix != "mp3" else 0 <= shift < 1000
-    assert np.corrcoef(waveform[shift:size], expected[:size - shift])[0, 1] > 0.999
-    packed = datasets.pack([datasets.Clip("a", (), "", path)], tmp_path / "out")
-    assert np.array_equal(packed[0], waveform) and packed.clips[0].note == "; ".join(notes)
-    assert re.search(note, notes[0]) if note else not notes
-
-
-def test_all_paths_hear_the_same_whatever_the_level_and_the_offset(tmp_path):
-    """A float recording far beyond full scale, or hardly above zero, on an offset: to packs, training and --predict."""
-    rng, model, front = np.random.default_rng(0), Wav2Vec2("tiny", **SMALL).eval(), LogMel()
-    sound = rng.standard_normal(48_000) * np.sin(np.arange(48_000) / 3000)
-    soundfile.write(tmp_path / "plain.wav", sound / 20, 16_000, subtype="FLOAT")
-    expected = finetune.encode_recording(tmp_path / "plain.wav", model, front)[0]
-    for name, level, offset in (("loud", 40, 0), ("quiet", 1e-5, 0), ("offset", 0.05, 0.5)):
-        (tmp_path / name).mkdir()
-        soundfile.write(tmp_path / name / "a.wav", level * sound + offset, 16_000, subtype="FLOAT")
-        packed = datasets.pack([datasets.Clip("a", (), "", tmp_path / name / "a.wav")], tmp_path / f"{name} packed",
-                               keep_silent=True)
-        assert np.abs(packed[0]).max() == 32767 and (np.abs(packed[0]) == 32767).sum() == 1
-        in_training = front(torch.from_numpy(np.array(packed[0]))[None])[0]
-        predicted = finetune.encode_recording(tmp_path / name / "a.wav", model, front)[0]
-        torch.testing.assert_close(in_training, expected, atol=2e-2, rtol=0)
-        assert torch.equal(predicted, in_training)
-
-
-def test_pack_tells_how_long_it_took(tmp_path, monkeypatch, call):
-    monkeypatch.setattr(datasets, "time", clock(30.0))
-    write_wav(tmp_path / "in" / "a.wav", 360)
-    printed = call("datasets.py", "pack", tmp_path / "in", tmp_path / "out")
-    assert "1 recordings, 0.10 hours, in" in printed and "; 0.5 min\n" in printed
-
-
-def test_silent_is_what_never_reaches_minus_60_db(tmp_path, call):
-    (tmp_path / "in").mkdir()
-    tone = np.sin(np.arange(16_000))
-    soundfile.write(tmp_path / "in" / "quiet.wav", tone / np.abs(tone).max() * 1.02e-3, 16_000, "FLOAT")
-    soundfile.write(tmp_path / "in" / "silent.wav", tone / np.abs(tone).max() * 0.98e-3, 16_000, "FLOAT")
-    assert "1 skipped, 1 of them silent: silent.wav" in call("datasets.py", "pack", tmp_path / "in", tmp_path / "out")
-
-
-@pytest.mark.parametrize("rate", [16_000, 44_100])
-def test_an_offset_alone_is_silent(tmp_path, rate, call):
-    (tmp_path / "in").mkdir()
-    soundfile.write(tmp_path / "in" / "a.wav", np.full(2 * rate, 0.3), rate, subtype="FLOAT")
-    assert "1 skipped, 1 of them silent" in call("datasets.py", "pack", tmp_path / "in", tmp_path / "out", code=2) + (
-        "1 skipped, 1 of them silent")
-    assert not datasets.read_int16(tmp_path / "in" / "a.wav", [])[0].any()
-
-
-def test_a_long_recording_has_one_scale(tmp_path):
-    """Though each minute is decoded by itself."""
-    path, rng = tmp_path / "a.wav", np.random.default_rng(0)
-    level = np.repeat([0.01, 0.3], [60 * 16_000, 20 * 16_000])
-    soundfile.write(path, level * rng.standard_normal(len(level)).clip(-3, 3), 16_000, subtype="FLOAT")
-    original, _ = soundfile.read(path)
-    waveform, loudest = datasets.read_int16(path, [])
-    assert loudest == pytest.approx(0.9, abs=0.001)
-    np.testing.assert_allclose(waveform * loudest / 32767, original - original[:60 * 16_000].mean(), atol=4e-5)
-
-
-def damaged(folder, suffix, number):
-    """How many of so many files are read although they were cut off at random, or one of their bits was flipped."""
-    rng, read = np.random.default_rng(0), {"intact": 0, "cut": 0, "flipped": 0}
-    path = folder / f"a.{suffix}"
-    for i in range(number):
-        write_wav(folder / "a.wav", 2, frequency=200 + i)
-        wave, _ = soundfile.read(folder / "a.wav")
-        soundfile.write(path, wave, 16_000, **(dict(format="OGG", subtype="OPUS") if suffix == "opus" else {}))
-        whole = path.read_bytes()
-        flipped, place = bytearray(whole), rng.integers(len(whole))
-        flipped[place] ^= 1 << rng.integers(8)
-        for kind, content in (("intact", whole), ("cut", whole[:rng.integers(1, len(whole))]), ("flipped", flipped)):
-            path.write_bytes(content)
-            notes = []
-            with contextlib.suppress(InputError):
-                waveform, _ = datasets.read_int16(path, notes)
-                assert 0 < len(waveform) <= 40_000         # a damaged MP3 may decode to a frame too many
-                read[kind] += not notes
-    return read
-
-
-@pytest.mark.parametrize("suffix", ["ogg", "opus", "flac"])
-def test_damaged_recordings_are_listed(tmp_path, suffix):
-    """Without a note only what is whole. (The decoders of Ogg pass over flipped bits.)"""
-    read = damaged(tmp_path, suffix, 10)
-    assert read["intact"] == 10 and read["cut"] == 0 and (suffix != "flac" or read["flipped"] <= 1)
+            datasets.read_audio(tmp_path / name)
+    write_wav(tmp_path / "long.wav", 2)
+    monkeypatch.setattr(datasets, "LONGEST", 1 / 3600)
+    with pytest.raises(InputError, match="longer than .* cut it"):
+        datasets.read_audio(tmp_path / "long.wav")
 
 
 @soak
 @pytest.mark.parametrize("suffix", ["ogg", "opus", "flac", "mp3", "wav"])
 def test_soak_damaged_recordings(tmp_path, suffix):
-    read = damaged(tmp_path, suffix, 300)
-    print(f"{suffix}: of 300 each, read without a note: {read}")
-    assert read["intact"] == 300 and read["cut"] < 30       # of which the last tenth of a second is missing at most
+    """Of 300 files cut off at random, nearly all get a note; whatever is damaged, something or an error comes back."""
+    rng, silent = np.random.default_rng(0), dict(intact=0, cut=0, flipped=0)
+    for i in range(300):
+        whole = encoded(tmp_path, suffix, 2, 48_000, **(OPUS if suffix == "opus" else {}))
+        flipped, place = bytearray(whole), rng.integers(len(whole))
+        flipped[place] ^= 1 << rng.integers(8)
+        for kind, content in (("intact", whole), ("cut", whole[:rng.integers(1, len(whole))]), ("flipped", flipped)):
+            (tmp_path / f"a.{suffix}").write_bytes(content)
+            with contextlib.suppress(InputError):
+                waveform, note = datasets.read_audio(tmp_path / f"a.{suffix}")
+                assert 0 < len(waveform) <= 40_000         # a damaged MP3 may decode to a frame too many
+                silent[kind] += not note
+    print(f"{suffix}: of 300 each, read without a note: {silent}")
+    assert silent["intact"] == 300 and silent["cut"] < 30       # of which the last tenth of a second is missing at most
 
 
-def test_what_is_no_file_is_called_what_it_is(tmp_path, monkeypatch):
-    os.mkfifo(tmp_path / "fifo.wav")
-    (tmp_path / "folder.wav").mkdir()
-    (tmp_path / "link.wav").symlink_to(tmp_path / "nowhere")
-    for name, word in (("fifo", "no regular"), ("folder", "is a folder"), ("link", "No such"), ("none", "No such")):
-        with pytest.raises(InputError, match=word):
-            read_audio(tmp_path / f"{name}.wav")
-    monkeypatch.setattr(os, "scandir", lambda path: exec("raise PermissionError(13, 'Permission denied', path)"))
-    with pytest.raises(InputError, match="can't be listed .Permission denied"):
-        datasets.walk(tmp_path)
-
-
-@pytest.mark.parametrize("rate, suffix", [(44_100, "wav"), (16_000, "flac"), (22_050, "ogg"), (44_100, "mp3")])
-def test_blocks_of_a_recording_are_the_whole(tmp_path, rate, suffix):
-    t = np.arange(int(7.3 * rate)) / rate       # bursts of noise: an MP3 keeps bits for them in the frames before
-    soundfile.write(tmp_path / f"a.{suffix}", 0.2 * np.random.default_rng(0).normal(size=len(t)) * (t % 2 < 0.2), rate)
-    original, _ = soundfile.read(tmp_path / f"a.{suffix}", dtype="float32")
-    whole = resample(torch.from_numpy(original - original[:2 * rate].mean(dtype=np.float64)).float(), rate, 16_000)
-    blocks = list(datasets.read_blocks(tmp_path / f"a.{suffix}", 2))
-    assert [len(block) for block in blocks[:-1]] == [32_000] * 3
-    np.testing.assert_allclose(np.concatenate(blocks), whole, atol=1e-6)
-
-
-def test_what_the_system_left_is_no_recording_and_other_kinds_are_counted(tmp_path, call):
+def test_what_the_system_left_is_no_recording_and_other_kinds_are_counted(tmp_path, capsys):
     for name in ("dog/1.wav", "cat/2.wav", "__MACOSX/dog/1.wav", ".ipynb_checkpoints/1.wav", "dog/._1.wav",
                  ".Trash-0/3.wav", "__dog/__1.wav"):       # an id of YouTube may begin like this
         write_wav(tmp_path / "in" / name, frequency=300 + len(name))
-    for i in range(3):
-        (tmp_path / "in" / f"{i}.m4a").write_text("x")
-    (tmp_path / "in" / "a.webm").write_text("x")
+    for name in ("0.m4a", "1.m4a", "a.webm"):
+        (tmp_path / "in" / name).write_text("x")
+    (tmp_path / "in" / "again").symlink_to(tmp_path / "in")                 # links are followed once,
+    (tmp_path / "in" / "9.wav").symlink_to(tmp_path / "nowhere")            # those to nowhere not at all
     assert [path.name for path in datasets.audio_files(tmp_path / "in")] == ["__1.wav", "2.wav", "1.wav"]
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / ".DS_Store").touch()
-    printed = call("datasets.py", "pack", tmp_path / "in", tmp_path / "out")
-    assert "4 files of other kinds: .m4a 3, .webm 1 (ffmpeg" in printed and "3 recordings" in printed
-
-
-def test_home_is_known_in_every_path(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
-    args = parse_finetune("--data", "csv", "--root", "~/t.csv", "--init", "~/run", "--out", "~/out")
-    assert (args.root, args.init, args.out) == ("/home/me/t.csv", "/home/me/run", "/home/me/out")
-    args = parse_finetune("--predict", "~/a.wav", "--tsv", "~/e.tsv", "--plot", "~/e.png")
-    assert (args.predict, args.tsv, args.plot) == (["/home/me/a.wav"], "/home/me/e.tsv", "/home/me/e.png")
-    args = pretrain.parse(["--data", "~/a", "~/b", "--out", "~/out"])[0]
-    assert (args.data, args.out) == (["/home/me/a", "/home/me/b"], "/home/me/out")
-
-
-def test_links_are_followed_once(tmp_path, call):
-    write_wav(tmp_path / "real" / "a" / "1.wav")
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "linked").symlink_to(tmp_path / "real")
-    (tmp_path / "in" / "again").symlink_to(tmp_path / "in")
-    (tmp_path / "real" / "a" / "up").symlink_to(tmp_path / "real")
-    assert [path.name for path in datasets.audio_files(tmp_path / "in")] == ["1.wav"]
-    (tmp_path / "real" / "a" / "2.wav").symlink_to(tmp_path / "real" / "a" / "1.wav")
-    os.link(tmp_path / "real" / "a" / "1.wav", tmp_path / "real" / "a" / "3.wav")
-    assert "1 recordings" in call("datasets.py", "pack", tmp_path / "real", tmp_path / "out")
-
-
-def test_of_several_names_of_a_folder_the_first_counts(tmp_path):
+    assert "not used: .m4a 2, .webm 1 (ffmpeg" in capsys.readouterr().out
     write_wav(tmp_path / "real" / "1.wav")
-    (tmp_path / "in").mkdir()
-    for name in "hgfedcba":
-        (tmp_path / "in" / name).symlink_to(tmp_path / "real")
-    assert datasets.walk(tmp_path / "in") == [tmp_path / "in" / "a" / "1.wav"]
-
-
-def test_links_to_nowhere_are_named_and_hide_nothing(tmp_path, call):
-    (tmp_path / "in" / "a").mkdir(parents=True)
-    (tmp_path / "in" / "a" / "1.wav").symlink_to(tmp_path / "nowhere")
-    assert "no recordings in it" in call("datasets.py", "pack", tmp_path / "in", tmp_path / "out", code=2)
-    write_wav(tmp_path / "in" / "b" / "1.flac")
-    printed = call("datasets.py", "pack", tmp_path / "in", tmp_path / "out")
-    assert f"1 links to nowhere: {tmp_path / 'in' / 'a' / '1.wav'}" in printed and "1 recordings" in printed
-    assert datasets.FileIndex(tmp_path / "in").find("1") == tmp_path / "in" / "b" / "1.flac"
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "a").symlink_to(tmp_path / "real")
+    assert datasets.walk(tmp_path / "linked") == [tmp_path / "linked" / "a" / "1.wav"]
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(InputError, match="no recordings in it"):
+        datasets.audio_files(tmp_path / "nothing")
+    with pytest.raises(InputError, match="can't be listed"):
+        datasets.walk(tmp_path / "not there")
 
 
 # ------------------------------------------------------------------------- packing
-
-
-def at_full_scale(path):
-    """The int16 samples of a recording of 16 kHz, its mean taken out and its loudest sample at full scale."""
-    waveform, _ = soundfile.read(path)
-    waveform = waveform - waveform.mean()
-    return np.round(waveform.astype(np.float32) * (32767 / np.abs(waveform.astype(np.float32)).max())).astype(np.int16)
 
 
 def pack_tones(folder, *seconds):
     """Pack tones of these lengths: each of its own frequency."""
     for k, length in enumerate(seconds):
         write_wav(folder / "in" / f"{k}.wav", length, frequency=100 + 37 * k)
-    files = datasets.audio_files(folder / "in")
-    datasets.pack([datasets.Clip(path.name, (), "", path) for path in files], folder / "packed")
-    return folder / "packed"
+    clips = [datasets.Clip(path.name, path=path) for path in datasets.audio_files(folder / "in")]
+    datasets.pack(clips, folder / "packed", dict(data=None))
+    return str(folder / "packed")
 
 
 def test_damaged_packs_are_refused(tmp_path):
-    folder = pack_tones(tmp_path, 3, 2)
+    folder = Path(pack_tones(tmp_path, 3, 2))
     whole = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert sum(part.crops.sum() for part in datasets.open_unlabelled([folder], 1)) == 5
+    assert sum(clip.crops for part in datasets.open_unlabelled([folder], 1) for clip in part.clips) == 5
 
     audio, index = folder / "audio.int16", folder / "index.jsonl"
     for damage in (lambda: audio.write_bytes(whole[audio.name][:-2]), audio.unlink, lambda: index.write_text("x"),
-                   lambda: index.write_bytes(whole[index.name].replace(b"48000", b"47999")),
-                   lambda: index.write_bytes(whole[index.name].replace(b"48000", b"-1"))):
+                   lambda: index.write_bytes(whole[index.name].replace(b"48000", b"47999"))):
         damage()
-        with pytest.raises(InputError, match="damaged"):
+        with pytest.raises(InputError, match="damaged|no such file"):
             datasets.open_unlabelled([folder], 1)
         for name, content in whole.items():
             (folder / name).write_bytes(content)
 
 
-def test_a_folder_has_one_writer(pretrained, tmp_path, call):
-    """Another process that packs, or a run, into the same folder gets one line."""
-    write_wav(tmp_path / "in" / "a.wav")
-    ready, tell = os.pipe()
-    holder = os.fork()
-    if holder == 0:
-        with datasets.claim(tmp_path / "out"):
-            os.write(tell, b"claimed")
-            signal.pause()
-    os.read(ready, 1)
-    table = write_table(tmp_path, "1.wav,a,train", "2.wav,b,test")
-    for command in (["datasets.py", "pack", tmp_path / "in", tmp_path / "out"],
-                    ["pretrain.py", *pretrained[0], "--out", tmp_path / "out"],
-                    ["finetune.py", "--data", "csv", "--root", table, "--updates", 1, "--out", tmp_path / "out"]):
-        assert "another process is writing there" in call(*command, code=2)
-    os.kill(holder, signal.SIGKILL)                             # which releases it
-    os.waitpid(holder, 0)
-    assert "1 recordings" in call("datasets.py", "pack", tmp_path / "in", tmp_path / "out")
-
-
-def test_files_of_others_are_not_overwritten(tmp_path, call):
-    write_wav(tmp_path / "in" / "a.wav")
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    assert "other files" in call("datasets.py", "pack", tmp_path / "in", tmp_path / "mine", code=2)
-    assert "exists already" in call("datasets.py", "synth", tmp_path / "mine", code=2)
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
-    (tmp_path / "in" / "index.jsonl").write_text("[]")          # a raw folder with such a file is a raw folder
-    write_wav(tmp_path / "in" / "b" / "b.wav")
-    assert len(load_quietly("folder", tmp_path / "in")) == 1
-
-
-def test_a_full_disk_is_named(tmp_path, call, monkeypatch):
-    write_wav(tmp_path / "in" / "a.wav")
-    monkeypatch.setattr(os, "fsync", lambda number: exec("raise OSError(28, 'No space left on device')"))
-    message = call("datasets.py", "pack", tmp_path / "in", tmp_path / "out", code=2)
-    assert "no space left; make room, then continue" in message and message.count("\n") == 1
-
-
-def test_a_source_that_vanishes_stops_the_packing_and_is_packed_later(tmp_path, call, monkeypatch):
-    for i in range(3):
-        write_wav(tmp_path / "in" / f"{i}.wav", frequency=200 + 50 * i)
-    command, read = ["datasets.py", "pack", tmp_path / "in", tmp_path / "out"], datasets.read_int16
-
-    def vanish(path, *rest):
-        if path.name == "1.wav" and (tmp_path / "in").exists():
-            (tmp_path / "in").rename(tmp_path / "away")
-        return read(path, *rest)
-    monkeypatch.setattr(datasets, "read_int16", vanish)
-    assert "same command continues" in call(*command, code=2)
-    (tmp_path / "away").rename(tmp_path / "in")
-    monkeypatch.setattr(datasets, "read_int16", read)
-    assert "3 recordings" in call(*command)
-
-
-def test_pack_keeps_every_good_file_and_lists_the_bad(tmp_path, monkeypatch, call):
+def test_pack_keeps_every_good_file_and_lists_the_bad(tmp_path, call):
     bad = bad_files(tmp_path / "in" / "bad")
     for i in range(5):
         write_wav(tmp_path / "in" / str(i % 2) / f"{i}.wav", 1 + i, frequency=200 * (i + 1))
-    soundfile.write(tmp_path / "in" / "silent.wav", np.zeros(16_000), 16_000)
+    shutil.copy(tmp_path / "in" / "0" / "0.wav", tmp_path / "in" / "copy.wav")
     command = ["datasets.py", "pack", tmp_path / "in", tmp_path / "out"]
     printed = call(*command)
-    assert "5 recordings" in printed and "7 skipped, 1 of them silent" in printed
-    packed = datasets.Pack(tmp_path / "out")
-    assert [clip.name for clip in packed.clips] == ["0/0.wav", "0/2.wav", "0/4.wav", "1/1.wav", "1/3.wav"]
-    for clip, waveform in zip(packed.clips, packed, strict=True):
-        assert np.array_equal(waveform, at_full_scale(tmp_path / "in" / clip.name))
-    skipped = "\n".join(packed.skipped)
-    assert all(name in skipped for name in bad if name != "missing.wav") and "silent" in skipped
-    read = spy(monkeypatch, datasets, "read_int16")
-    assert "5 recordings" in call(*command) and not read        # nothing is done twice
-    write_wav(tmp_path / "in" / "new.wav")
-    assert "other recordings" in call(*command, code=2)
-    assert "7 recordings" in call(*command[:3], tmp_path / "all", "--keep-silent")      # and new.wav
+    assert "5 recordings" in printed and "7 skipped" in printed and "copy.wav: the same sound as 0/0.wav" in printed
+    assert all(f"bad/{name}: " in printed for name in bad if name != "missing.wav")
+    packed, _ = datasets.open_pack(tmp_path / "out")
+    assert [clip.name for clip in packed] == ["0/0.wav", "0/2.wav", "0/4.wav", "1/1.wav", "1/3.wav"]
+    for clip in packed:
+        assert np.array_equal(clip.read(), datasets.read_audio(tmp_path / "in" / clip.name)[0])
+    assert "exists already" in call(*command, code=2)           # whatever it holds
+    assert "exists already" in call("datasets.py", "synth", tmp_path / "out", code=2)
 
 
 class Killed(BaseException):
     """Stands for a process that is killed: no handler of ours catches it."""
 
 
-def test_a_pack_that_lost_its_audio_is_not_gone_on_with(tmp_path, call):
-    folder = pack_tones(tmp_path, 1, 2)
-    lines = (folder / "index.jsonl").read_text().splitlines(True)
-    (folder / "index.jsonl").write_text("".join(lines[:2]))
-    (folder / "audio.int16").write_bytes(b"")
-    assert "shorter than index.jsonl says" in call("datasets.py", "pack", tmp_path / "in", folder, code=2)
+def test_a_killed_pack_is_not_there_and_the_same_command_packs_anew(tmp_path, call, monkeypatch):
+    for i in range(3):
+        write_wav(tmp_path / "in" / f"{i}.wav", frequency=200 * (i + 1))
+    command, read = ["datasets.py", "pack", tmp_path / "in", tmp_path / "out"], datasets.read_audio
 
-
-def test_packs_of_the_second_edition_are_refused(tmp_path, call):
-    np.save(tmp_path / "index.npy", np.zeros(3))
-    for script, option in (("pretrain.py", "--data"), ("finetune.py", "--root")):
-        options = [option, tmp_path, "--out", tmp_path / "run"] + ["--data", "csv"] * (script == "finetune.py")
-        assert "earlier version" in call(script, *options, code=2)
-
-
-def test_a_killed_pack_continues(tmp_path, call, monkeypatch):
-    """Killed before each of its files in turn, it ends with the same bytes as one never disturbed."""
-    for i in range(6):
-        write_wav(tmp_path / "in" / f"{i}.wav", 0.5 + 0.4 * i, frequency=200 * (i + 1))
-    (tmp_path / "in" / "2b.wav").write_text("no audio")
-    monkeypatch.setattr(datasets, "COMMIT", 1)
-    call("datasets.py", "pack", tmp_path / "in", tmp_path / "whole")
-    read = datasets.read_int16
-    for last in ("1.wav", "3.wav", "5.wav"):
-        def killed(path, *rest, last=last):
-            if path.name == last:
-                raise Killed
-            return read(path, *rest)
-        monkeypatch.setattr(datasets, "read_int16", killed)
-        with pytest.raises(Killed):
-            call("datasets.py", "pack", tmp_path / "in", tmp_path / "out")
-        with pytest.raises(InputError, match="not hold all of it"):
-            datasets.open_unlabelled([tmp_path / "out"], 1.0)
-        out = tmp_path / "out"
-        with open(out / "audio.int16", "ab") as audio, open(out / "index.jsonl", "a") as index:
-            audio.write(b"samples without a line")
-            index.write('{"name": "a line that is not comp')
-    monkeypatch.setattr(datasets, "read_int16", read)
-    call("datasets.py", "pack", tmp_path / "in", tmp_path / "out")
-    for path in (tmp_path / "whole").iterdir():
-        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
+    def killed(path):
+        if path.name == "1.wav":
+            raise Killed
+        return read(path)
+    monkeypatch.setattr(datasets, "read_audio", killed)
+    with pytest.raises(Killed):
+        call(*command)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(datasets, "read_audio", read)
+    assert "3 recordings" in call(*command) and sorted(os.listdir(tmp_path)) == ["in", "out"]
 
 
 def test_crops_are_in_proportion_to_length(tmp_path):
     """Of crops of 2 s, a recording of 9 s gives five, one of 1.5 s one, one of half a second none."""
     folder = pack_tones(tmp_path, 9, 1.5, 0.5)
     source, held_out = datasets.open_unlabelled([folder], 2.0)
-    assert dict(zip(source.names, source.crops.tolist(), strict=True)) == {"0.wav": 5, "1.wav": 1} and not len(held_out)
+    assert {clip.name: clip.crops for clip in source.clips} == {"0.wav": 5, "1.wav": 1} and not len(held_out)
     drawn = [datasets.ClipStream(source, 0).number(n) for n in range(12)]
     assert sorted(drawn[:6]) == sorted(drawn[6:]) == [0] * 5 + [1]
-    whole, starts = np.array(datasets.Pack(folder)[0]), set()
+    whole, starts = np.array(source.waveform(0)), set()
     windows = np.lib.stride_tricks.sliding_window_view(whole, 8)
     for i in range(60):
         crop = source.crop(0, np.random.default_rng(i))
@@ -1614,53 +1357,40 @@ def test_crops_are_in_proportion_to_length(tmp_path):
         starts |= {s for s in np.flatnonzero((windows == crop[:8]).all(1)) if np.array_equal(whole[s:s + 32_000], crop)}
     assert min(starts) < 16_000 and max(starts) > 6 * 16_000    # from all over the recording
     assert np.array_equal(source.crop(0, types.SimpleNamespace(integers=lambda high: high - 1)), whole[-32_000:])
-    assert np.array_equal(source.crop(1, np.random.default_rng(0)), datasets.Pack(folder)[1])
+    assert np.array_equal(source.crop(1, np.random.default_rng(0)), source.waveform(1))
 
 
 def test_several_packs_are_one_source(tmp_path):
     folders = [pack_tones(tmp_path / "a", 2, 0.5, 3), pack_tones(tmp_path / "b", 4, 5)]
     source, _ = datasets.open_unlabelled(folders, 60.0)
-    assert source.names == ["0.wav", "2.wav", "0.wav", "1.wav"]
-    for i, name in enumerate(("a/in/0", "a/in/2", "b/in/0", "b/in/1")):
-        assert np.array_equal(source.crop(i, np.random.default_rng(0)), at_full_scale(tmp_path / f"{name}.wav"))
+    for clip, name in zip(source.clips, ("a/in/0", "a/in/2", "b/in/0", "b/in/1"), strict=True):
+        assert np.array_equal(clip.read(), datasets.read_audio(tmp_path / f"{name}.wav")[0])
     for others in folders[:1], folders[::-1]:       # another order means other crops
         assert source.digest() != datasets.open_unlabelled(others, 60.0)[0].digest()
 
 
+def names(data):
+    """The names of a set's clips."""
+    return [clip.name for clip in data.clips]
+
+
 def test_held_out_recordings_are_never_trained_on(tmp_path, call):
     folder = pack_tones(tmp_path, *[1.0] * 90)
-    names = [set(part.names) for part in datasets.open_unlabelled([folder], 1.0)]
-    assert [len(part) for part in names] == [74, 16] and not names[0] & names[1]
-    assert set(datasets.open_unlabelled([folder], 1.0)[1].names) == names[1]
+    trained, held_out = map(names, datasets.open_unlabelled([folder], 1.0))
+    assert (len(trained), len(held_out)) == (74, 16) and not set(trained) & set(held_out)
     table = tmp_path / "in" / "groups.csv"
     table.write_text("file,labels,split,group\n" + "".join(f"{k}.wav,a,train,{k % 10}\n" for k in range(90)))
     call("datasets.py", "pack", table, tmp_path / "grouped", "--data", "csv")
-    groups = [set(part.groups) for part in datasets.open_unlabelled([tmp_path / "grouped"], 1.0)]
+    groups = [set(part.groups) for part in datasets.open_unlabelled([str(tmp_path / "grouped")], 1.0)]
     assert [len(part) for part in groups] == [8, 2] and not groups[0] & groups[1]
     synth, others = datasets.open_unlabelled(["synth"], 1.0)
-    assert not np.array_equal(synth.crop(0, np.random.default_rng(0)), others.crop(0, np.random.default_rng(0)))
-
-
-@soak
-def test_soak_workers_of_a_killed_packing_end_too(tmp_path):
-    for i in range(64):
-        write_wav(tmp_path / "in" / f"{i}.wav", 60, 44_100)
-    process = subprocess.Popen([sys.executable, HERE / "datasets.py", "pack", tmp_path / "in", tmp_path / "out",
-                                "--workers", "2"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while len(workers := children.read_text().split()) < 2:
-        assert process.poll() is None
-    process.kill()
-    process.wait()
-    ends = time.time() + 15
-    while any(map(is_running, workers)):
-        assert time.time() < ends
+    assert not np.array_equal(synth.waveform(0), others.waveform(0))
 
 
 @soak
 def test_soak_five_hundred_corrupted_files(tmp_path):
-    """Good recordings in seven formats, some of them damaged in one of a dozen ways: pack ends, every
-    untouched file is in it, and every other one too or listed with the reason."""
+    """Good recordings in six formats, most of them damaged in one of a dozen ways: pack ends, every untouched file is
+    in it, and every other one too or listed with the reason."""
     random, damaged = np.random.default_rng(0), set()
     ways = [lambda b: b[:random.integers(1, len(b))], lambda b: b"", lambda b: b[random.integers(1, 60):],
             lambda b: random.bytes(len(b)), lambda b: random.bytes(100) + b, lambda b: b[:44],
@@ -1668,20 +1398,17 @@ def test_soak_five_hundred_corrupted_files(tmp_path):
             lambda b: b[:500] + random.bytes(500) + b[1000:], lambda b: b[:len(b) // 2] * 2,
             lambda b: b.replace(b"data", b"atad"), lambda b: b"<html>" + b]
     for i in range(600):
-        path = tmp_path / "in" / f"{i:03}{['.wav', '.flac', '.ogg', '.mp3', '.aiff', '.w64', '.au'][i % 7]}"
+        path = tmp_path / "in" / f"{i:03}{['.wav', '.flac', '.ogg', '.mp3', '.aiff', '.au'][i % 6]}"
         write_wav(path, 1.5, 16_000, frequency=200 + i)
-        if i % 6:
+        if i % 5:
             path.write_bytes(ways[i % len(ways)](path.read_bytes()))
             damaged.add(path.name)
     print(run("datasets.py", "pack", tmp_path / "in", tmp_path / "out"))
-    packed = datasets.Pack(tmp_path / "out")
-    names = [clip.name for clip in packed.clips]
-    assert len(damaged) == 500 and not {f"{i:03}" for i in range(0, 600, 6)} - {name[:3] for name in names}
-    assert sorted([*names, *(line.split(": ")[0] for line in packed.skipped)]) == sorted(os.listdir(tmp_path / "in"))
-    assert all(line.split(": ", 1)[1] for line in packed.skipped)           # each with its reason
-    for name, waveform in zip(names, packed, strict=True):
-        if name not in damaged:
-            assert np.array_equal(waveform, datasets.read_int16(tmp_path / "in" / name, [])[0])
+    packed, header = datasets.open_pack(tmp_path / "out")
+    there = [clip.name for clip in packed]
+    assert {path.name for path in (tmp_path / "in").iterdir()} - damaged <= set(there)
+    assert sorted([*there, *(line.split(": ")[0] for line in header["skipped"])]) == sorted(os.listdir(tmp_path / "in"))
+    assert all(line.split(": ", 1)[1] for line in header["skipped"])           # each with its reason
 
 
 def anonymous_memory():
@@ -1693,11 +1420,7 @@ def anonymous_memory():
 @pytest.mark.parametrize("workers, batch_size", [(0, 8), (2, 64)])
 def test_soak_reading_is_fast_and_memory_flat(tmp_path, workers, batch_size):
     """20,000 batches of 10 s crops out of an hour of sound."""
-    noise = np.random.default_rng(0).integers(-9000, 9000, 60 * 16_000).astype(np.int16)
-    for i in range(60):
-        soundfile.write(tmp_path / f"{i}.wav", np.roll(noise, i), 16_000)
-    datasets.pack([datasets.Clip(path.name, (), "", path) for path in datasets.audio_files(tmp_path)], tmp_path / "out")
-    source, _ = datasets.open_unlabelled([tmp_path / "out"], 10.0)
+    source, _ = datasets.open_unlabelled([pack_tones(tmp_path, *[60] * 60)], 10.0)
     memory, began = [], time.time()
     for n, _ in enumerate(datasets.batches(source, batch_size, 20_000, 0, workers=workers, samples=160_000)):
         if n % 4000 == 1999:
@@ -1773,13 +1496,12 @@ def test_synth_tones_have_their_frequency():
 
 
 def test_synth_is_labelled_with_its_events():
-    clips, waveforms = datasets.synth(3, 2)
+    clips = datasets.synth_set(3, 2)
     assert [clip.split for clip in clips] == ["train"] * 3 + ["test"] * 2
-    for clip, waveform in zip(clips, waveforms, strict=True):
+    for clip in clips:
         _, split, i = clip.name.split("/")
         made, events = datasets.synth_clip(int(i), split)
-        classes = list(datasets.SOUND_CLASSES)
-        assert np.array_equal(made, waveform) and {classes[c] for c in clip.labels} == {kind for _, _, kind in events}
+        assert np.array_equal(made, clip.read()) and set(clip.labels) == {kind for _, _, kind in events}
 
 
 # ------------------------------------------------------------------------- labelled sets, each in miniature
@@ -1932,14 +1654,14 @@ def test_each_data_set_is_trained_on_as_it_lies_on_disk(tmp_path, name, call):
     expected = MINIATURES[name](tmp_path / "data")
     root = tmp_path / "data" / "mine.csv" if name == "csv" else tmp_path / "data"
     assert f"{expected.there} recordings" in call("datasets.py", "pack", root, tmp_path / "packed", "--data", name)
-    printed = [re.sub("[0-9.]+ min|[(].*[)]|^missing.*\n|^.*not used\n", "", call(
-        "finetune.py", "--data", name, "--root", place, "--updates", 2, "--batch-size", 4, "--out",
-        tmp_path / "run")).replace(str(place), "") for place in (root, tmp_path / "packed")
-        if not shutil.rmtree(tmp_path / "run", ignore_errors=True)]
-    assert printed[0] == printed[1]
-    assert f"{name}: {expected.there} clips" in printed[0]
-    assert f"{expected.missing} missing, {expected.unreadable} unreadable" in printed[0]
-    assert f"after {expected.trained_on} clips" in printed[0]
+    for place, run in ((root, "in memory"), (tmp_path / "packed", "from pack")):
+        printed = call("finetune.py", "--data", name, "--root", place, "--updates", 2, "--batch-size", 4, "--out",
+                       tmp_path / run)
+        assert f"{name}: {expected.there} clips" in printed
+        assert f"{expected.missing} missing, {expected.unreadable} skipped" in printed
+        assert f"after {expected.trained_on} clips" in printed
+    one, two = (results(tmp_path / run)[0] for run in ("in memory", "from pack"))
+    assert all(one[key] == two[key] for key in ("score", "train", "test"))
 
 
 @pytest.mark.parametrize("name, root, head, loss", [
@@ -1961,37 +1683,37 @@ def test_labels_of_the_data_sets(tmp_path):
     data, part = load_quietly("esc50", tmp_path / "e"), load_quietly("esc10", tmp_path / "e")
     assert (len(data), len(part)) == (30, 20) and part.classes == ["dog", "rain"]
     assert sorted(part.splits) == sorted("12345" * 4)
-    i = part.names.index("3-101-B-1.wav")
-    assert part.labels[i] == (1,) and len(part.waveform(i)) == pytest.approx(12_800, abs=1)
+    i = names(part).index("3-101-B-1.wav")
+    assert part.labels[i] == [1] and len(part.waveform(i)) == pytest.approx(12_800, abs=1)
     mini_audioset(tmp_path / "a")
     data = load_quietly("audioset", tmp_path / "a")
     assert data.classes == ["Speech", "Gush", "Male speech, man speaking"]
-    own = dict(zip(data.names, data.labels, strict=True))
-    assert own["-0RWZT-miFb"] == (0, 1) and own["--4gqARaEJu"] == (2,) and own["Y0_abcdefge"] == (0,)
+    own = dict(zip(names(data), data.labels, strict=True))
+    assert own["-0RWZT-miFb"] == [0, 1] and own["--4gqARaEJu"] == [2] and own["Y0_abcdefge"] == [0]
     mini_dcase2019(tmp_path / "d")
     data = load_quietly("dcase2019", tmp_path / "d")
-    own = dict(zip(data.names, data.groups, strict=True))       # clips of one place
+    own = dict(zip(names(data), data.groups, strict=True))       # clips of one place
     assert own["audio/park-lisbon-train-3-a.wav"] == own["audio/park-lisbon-train-1-a.wav"] == "park-lisbon-train"
     assert len(set(own.values())) == 3 + 4          # three places to train on; test clips need none
     mini_fsdkaggle2019(tmp_path / "f")
     data = load_quietly("fsdkaggle2019-noisy", tmp_path / "f")
     assert data.classes == ["Bark", "Meow", "Purr"] and (data.splits == "train").sum() == 4
-    assert dict(zip(data.names, data.labels, strict=True))["nois0001.wav"] == (0, 1)
+    assert dict(zip(names(data), data.labels, strict=True))["nois0001.wav"] == [0, 1]
     mini_magnatagatune(tmp_path / "m")
     data = load_quietly("magnatagatune", tmp_path / "m")
-    splits = {name[0]: split for name, split in zip(data.names, data.splits, strict=True)}
+    splits = {name[0]: split for name, split in zip(names(data), data.splits, strict=True)}
     assert "3" not in splits and "6" not in splits
     assert [splits[folder] for folder in "0bcdf"] == ["train", "train", "valid", "test", "test"]
-    clips, classes = datasets.magnatagatune(datasets.FileIndex(tmp_path / "m"), top=1)
+    clips, classes = datasets.magnatagatune(tmp_path / "m", top=1)
     assert classes == ["no voice"] and len(clips) == 8          # of odd folders but 3, and one in c
     assert inspect.signature(datasets.magnatagatune).parameters["top"].default == 50       # Sec. 3.2
     mini_kinetics700(tmp_path / "k")
     data = load_quietly("kinetics700", tmp_path / "k")
-    own = dict(zip(data.names, data.labels, strict=True))
-    assert own["-val2__abcde_000002_000012"] == (data.classes.index("eating, slowly"),)
+    own = dict(zip(names(data), data.labels, strict=True))
+    assert own["-val2__abcde_000002_000012"] == [data.classes.index("eating, slowly")]
     mini_csv(tmp_path / "c")
     data = load_quietly("csv", tmp_path / "c" / "mine.csv")
-    assert data.labels[0] == (0, 1) and data.labels[2] == () and data.metric == "mAP"
+    assert data.labels[0] == [0, 1] and data.labels[2] == [] and data.metric == "mAP"
     mini_folder(tmp_path / "s")
     data = load_quietly("folder", tmp_path / "s")
     assert data.classes == ["high", "low"] and data.metric == "accuracy"
@@ -2017,13 +1739,13 @@ def write_table(folder, *rows, columns="file,labels,split"):
 
 def test_a_fifth_of_each_class_is_held_out_of_a_table_without_splits(tmp_path):
     """Though no two clips have the same labels. Clips of a group stay together."""
-    table = write_table(tmp_path, *(f"{i}.wav,{'ab'[i % 2]};{i}" for i in range(20)), columns="file,labels")
-    clips, _ = datasets.read_tables("csv", table)
-    assert sorted(int(clip.name[:-4]) % 2 for clip in clips if clip.split == "test") == [0, 0, 1, 1]
-    table = write_table(tmp_path, *(f"{i}.wav,a,{i // 4}" for i in range(40)), columns="file,labels,group")
-    clips, _ = datasets.read_tables("csv", table)
-    groups = [{clip.group for clip in clips if clip.split == split} for split in ("train", "test")]
-    assert [len(names) for names in groups] == [8, 2] and not groups[0] & groups[1]
+    data = load_quietly("csv", write_table(tmp_path, *(f"{i}.wav,{'ab'[i % 2]};{i}" for i in range(20)),
+                                           columns="file,labels"))
+    assert sorted(int(clip.name[:-4]) % 2 for clip in data.clips if clip.split == "test") == [0, 0, 1, 1]
+    data = load_quietly("csv", write_table(tmp_path, *(f"{i}.wav,a,{i // 4}" for i in range(40)),
+                                           columns="file,labels,group"))
+    groups = [{clip.group for clip in data.clips if clip.split == split} for split in ("train", "test")]
+    assert [len(group) for group in groups] == [8, 2] and not groups[0] & groups[1]
 
 
 def test_a_row_too_short_is_named_by_its_line(tmp_path):
@@ -2035,31 +1757,45 @@ def test_a_row_too_short_is_named_by_its_line(tmp_path):
 
 
 @pytest.mark.parametrize("rows, message", [
-    (["1.wav,a,train,", "./1.wav,a,test,"], "1.wav .train. and ./1.wav .test. are the same file"),
-    (["1.wav,a,1,", "copy1.wav,a,2,"], "1.wav .1. and copy1.wav .2. are the same group or content"),
-    (["1.wav,a,train,x", "2.wav,a,test,x"], "are the same group")])
+    (["1.wav,a,train,", "./1.wav,a,test,"], "1.wav is there twice, in different splits"),
+    (["1.wav,a,1,", "copy1.wav,a,2,"], "1.wav and copy1.wav are the same sound, but not of the same split"),
+    (["1.wav,a,train,", "copy1.wav,b,train,"], "1.wav and copy1.wav are the same sound, but not of the same .*labels"),
+    (["1.wav,a,train,A", "copy1.wav,a,train,B"], "1.wav and copy1.wav are the same sound, but not of .* group"),
+    (["1.wav,a,train,x", "2.wav,a,test,x"], "1.wav .train. and 2.wav .test. are of the same group")])
 def test_the_same_sound_is_not_trained_and_tested_on(tmp_path, rows, message):
+    """Whatever it is called, and in whatever format."""
     with pytest.raises(InputError, match=message):
         load_quietly("csv", write_table(tmp_path, *rows, columns="file,labels,split,group"))
+
+
+def test_a_copy_is_used_once(tmp_path, capsys):
+    """And junk of equal content is unreadable, not a copy."""
+    for i in range(6):
+        write_wav(tmp_path / "ab"[i % 2] / f"{i}.wav", 0.3, frequency=200 + 50 * i)
+    shutil.copy(tmp_path / "a" / "0.wav", tmp_path / "a" / "copy.wav")
+    for name in ("a/x.mp3", "b/x.mp3"):                         # a page that says that the file was not found
+        (tmp_path / name).write_text("<html>404</html>")
+    assert len(load_quietly("folder", tmp_path)) == 6
+    printed = capsys.readouterr().out
+    assert "0 missing, 3 skipped" in printed and "a/copy.wav: the same sound as a/0.wav" in printed
 
 
 def test_a_row_for_each_label_is_one_clip(tmp_path):
     rows = ["1.wav,a,train", "2.wav,a,test", "./1.wav,b,train", "1.wav,a,train"]
     data = load_quietly("csv", write_table(tmp_path, *rows))
-    assert data.names == ["1.wav", "2.wav"] and data.labels == [(0, 1), (0,)] and data.metric == "mAP"
+    assert names(data) == ["1.wav", "2.wav"] and data.labels == [[0, 1], [0]] and data.metric == "mAP"
     write_esc50(tmp_path / "e")
     table = tmp_path / "e" / "meta" / "esc50.csv"
     table.write_text(table.read_text() + "1-100-A-0.wav,2,0,dog,True,100,A\n")         # the same clip in another fold
-    with pytest.raises(InputError, match="1-100-A-0.wav .1. and 1-100-A-0.wav .2. are the same file"):
+    with pytest.raises(InputError, match="are the same sound, but not of the same split"):
         load_quietly("esc50", tmp_path / "e")
 
 
-@pytest.mark.parametrize("dirs", [("train/dog", "train/cat", "test/dog"), ("fold1/dog", "fold2/dog"), ("Training/x",), (
-    "audio_train/a", "audio_test/a"), ("train1/a", "holdout/b"), ("train/dog", "train/cat"), ("train/a", "my_train/a")])
+@pytest.mark.parametrize("dirs", ["train test", "fold1 fold2 fold3", "Training Validation dog"])
 def test_folders_of_splits_are_no_classes(tmp_path, dirs):
     """They would be told from one another, with a fine accuracy."""
-    for i, name in enumerate(dirs):
-        write_wav(tmp_path / name / f"{i}.wav", frequency=200 + 50 * i)
+    for i, name in enumerate(dirs.split()):
+        write_wav(tmp_path / name / "sub" / f"{i}.wav", frequency=200 + 50 * i)
     with pytest.raises(InputError, match="look like splits, not classes: name the folder above the classes"):
         load_quietly("folder", tmp_path)
 
@@ -2084,24 +1820,6 @@ def test_a_class_may_be_called_like_a_split_and_classes_are_printed_with_their_c
     assert "26 classes: 10 1, 11 1, 8 1, 9 1, dog 3, ..., more16 1, more17 1, more18 1, more19 1, train 5" in printed
 
 
-@pytest.mark.parametrize("groups", [("", "G"), ("G", ""), ("A", "B")])
-def test_copies_are_of_one_group_in_whatever_order(tmp_path, groups):
-    """Also with one that has a group of its own."""
-    table = write_table(tmp_path, *(f"copy1{'.' * n}.wav,a,{n + 1},{group}" for n, group in enumerate(groups)),
-                        columns="file,labels,split,group")
-    with pytest.raises(InputError, match="different splits" if "" in groups else "different groups"):
-        load_quietly("csv", table)
-
-
-def test_junk_of_equal_content_is_unreadable(tmp_path, capsys):
-    for i in range(10):
-        write_wav(tmp_path / "ab"[i % 2] / f"{i}.wav", 0.3, frequency=200 + 50 * i)
-    for name in ("a/x.mp3", "b/x.mp3"):                         # a page that says that the file was not found
-        (tmp_path / name).write_text("<html>404</html>")
-    assert len(load_quietly("folder", tmp_path)) == 10
-    assert "0 missing, 2 unreadable" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("columns, rows, splits", [
     ("file,labels,split", ["1.wav,a,Train", "2.wav,b,val", "3.wav,a,TEST"], ["train", "valid", "test"]),
     ("file,labels,split,fold", ["1.wav,a,,01", "2.wav,b,,1", "3.wav,a,,2"], ["1", "1", "2"])])
@@ -2109,11 +1827,10 @@ def test_splits_may_be_written_in_other_ways(tmp_path, columns, rows, splits):
     assert load_quietly("csv", write_table(tmp_path, *rows, columns=columns)).splits.tolist() == splits
 
 
-def test_rows_of_commas_are_skipped_and_a_fold_beside_a_split_is_not_used(tmp_path, capsys):
+def test_rows_of_commas_are_skipped_and_a_fold_beside_a_split_is_not_used(tmp_path):
     table = write_table(tmp_path, "1.wav,a,train,1", "2.wav,b,test,2", columns="file,labels,split,fold")
     table.write_text(table.read_text() + ",,,\n")
     assert load_quietly("csv", table).splits.tolist() == ["train", "test"]
-    assert "not used: fold, where there is a split" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("rows, message", [
@@ -2129,36 +1846,10 @@ def test_tables_of_which_nothing_can_be_learned_are_refused(tmp_path, call, rows
         load_quietly("csv", table)
 
 
-def test_reading_a_usual_mp3_prints_nothing(tmp_path, capfd):
-    """libmpg123 warns where a file is not as long as its Xing frame says."""
-    encoded(tmp_path, "mp3")
-    capfd.readouterr()
-    assert len(read_audio(tmp_path / "original.mp3")) == 80_000
-    assert capfd.readouterr() == ("", "")
-
-
 def test_columns_of_a_table_that_are_not_used_are_named_and_fold_is_split(tmp_path, capsys):
     rows = [f"{i}.wav,ab,{i % 3 + 1},me,{i}" for i in range(6)]
     data = load_quietly("csv", write_table(tmp_path, *rows, columns="file,labels,fold,recordist,take"))
     assert data.splits.tolist() == list("123123") and "not used: recordist, take" in capsys.readouterr().out
-
-
-def test_files_of_no_bytes_are_unreadable_and_copies_stay_together(tmp_path, capsys):
-    """Whatever the names hash to."""
-    for i in range(10):
-        write_wav(tmp_path / "dog" / f"{i}.wav", 0.3, frequency=200 + 50 * i)
-        write_wav(tmp_path / "cat" / f"{i}.wav", 0.3, frequency=2000 + 50 * i)
-    for name in ("dog/empty.wav", "cat/empty.wav"):
-        (tmp_path / name).write_bytes(b"")
-    for i in range(10):
-        shutil.copy(tmp_path / "dog" / "0.wav", tmp_path / "dog" / f"copy{i}.wav")
-    data = load_quietly("folder", tmp_path)
-    assert "0 missing, 2 unreadable" in capsys.readouterr().out and len(data) == 30
-    splits = dict(zip(data.names, data.splits.tolist(), strict=True))
-    assert {splits[f"dog/copy{i}.wav"] for i in range(10)} == {splits["dog/0.wav"]}
-    shutil.copy(tmp_path / "dog" / "0.wav", tmp_path / "cat" / "other.wav")
-    with pytest.raises(InputError, match="cat/other.wav, dog/0.wav, dog/copy0.wav are the same content, with differ"):
-        load_quietly("folder", tmp_path)
 
 
 AUDIOSET_NAMES = ("{}_30.000_40.000", "{}_30_40", "{}_30000_40000", "{}_30.000", "{}_30", "{}_30000", "{}",
@@ -2175,10 +1866,10 @@ def test_names_of_audioset_clips(tmp_path, form):
     table = tmp_path / "balanced_train_segments.csv"
     table.write_text("\ufeff" + table.read_text().replace("09x0r,/t", "09x0r, /t") + "\n\n")     # all that is harmless
     data = load_quietly("audioset-balanced", tmp_path)
-    assert data.names == ["-0RWZT-miFb"] and data.labels == [(0, 1)] and data.lengths.tolist() == [16_000]
+    assert names(data) == ["-0RWZT-miFb"] and data.labels == [[0, 1]] and data.clips[0].samples == 16_000
     os.remove(tmp_path / f"{form.format('-0RWZT-miFb')}.wav")
     shutil.rmtree(tmp_path / "whole videos", ignore_errors=True)
-    with pytest.raises(InputError, match="looked for -0RWZT-miFb_30.000_40.000, Y-0RWZT-miFb_30.000_40.000, .*ffmpeg"):
+    with pytest.raises(InputError, match="none of the 12 recordings of audioset-balanced is there, such as -0RWZT-miFb; ffmpeg"):
         load_quietly("audioset-balanced", tmp_path)
 
 
@@ -2193,15 +1884,15 @@ def test_a_line_of_audioset_that_lost_its_quotes_is_named(tmp_path):
     mini_audioset(tmp_path)
     table = tmp_path / "eval_segments.csv"
     table.write_text(table.read_text().replace('"', ""))
-    with pytest.raises(InputError, match="eval_segments.csv: can't read line 4: -0RWZT-miFe, 30.000"):
+    with pytest.raises(InputError, match="eval_segments.csv: damaged, or not what it should be .*too many values"):
         load_quietly("audioset", tmp_path)
 
 
 def test_nothing_is_pre_trained_on_test_clips(tmp_path, call, capsys):
     mini_dcase2019(tmp_path / "in")
     call("datasets.py", "pack", tmp_path / "in", tmp_path / "out", "--data", "dcase2019")
-    names = [name for part in datasets.open_unlabelled([tmp_path / "out"], 1.0) for name in part.names]
-    assert len(names) == 4 and all("-train-" in name for name in names)
+    found = [name for part in datasets.open_unlabelled([tmp_path / "out"], 1.0) for name in names(part)]
+    assert len(found) == 4 and all("-train-" in name for name in found)
     assert "4 of 8 recordings are left out: shorter than a second, or test clips" in capsys.readouterr().out
     assert ", 4 crops of 1 s in an epoch" in call(
         "pretrain.py", "--data", tmp_path / "out", "--updates", 1, "--batch-size", 2, "--seconds", 1, "--out",
@@ -2234,19 +1925,6 @@ def test_malformed_tables_are_named(tmp_path, table):
         load_quietly("csv", tmp_path / "mine.csv")
 
 
-@pytest.mark.parametrize("damage", [
-    lambda content: "[]", lambda content: content[:50], lambda content: content.replace('"classes"', '"clauses"'),
-    lambda content: content.replace("[0]", "[7]"), lambda content: content.replace('"labels": [0], ', "")])
-def test_damaged_labels_of_a_pack_are_refused(tmp_path, damage):
-    write_esc50(tmp_path / "data")
-    datasets.pack(*reversed([tmp_path / "packed", datasets.read_tables("esc50", tmp_path / "data")[0]]),
-                  datasets.read_tables("esc50", tmp_path / "data")[1])
-    path = tmp_path / "packed" / "index.jsonl"
-    path.write_text(damage(path.read_text()))
-    with pytest.raises(InputError, match="packed: damaged"):
-        load_quietly("esc50", tmp_path / "packed")
-
-
 def test_too_many_hours_are_to_be_packed(tmp_path, monkeypatch):
     mini_folder(tmp_path)
     monkeypatch.setattr(datasets, "IN_MEMORY", 5 / 3600)
@@ -2260,14 +1938,14 @@ def test_too_many_hours_are_to_be_packed(tmp_path, monkeypatch):
 def test_targets_and_members_say_the_same_as_the_labels():
     data = labelled_set([(0, 2), (1,), (), (2,)])
     assert data.targets([3, 0, 2]).tolist() == [[0, 0, 1], [1, 0, 1], [0, 0, 0]]
-    assert [clips.tolist() for clips in data.clips_by_class()] == [[0], [1], [0, 3]]
-    part = data.subset(np.array([3, 1]))
+    assert data.clips_by_class() == [[0], [1], [0, 3]]
+    part = data.subset([3, 1])
     assert part.targets([0, 1]).tolist() == [[0, 0, 1], [0, 1, 0]] and part.waveform(0)[0] == 3
 
 
 def test_training_crops_have_the_seconds_asked_for():
     data = labelled_set([(0,)])
-    data.waveforms, data.seconds = [np.arange(48_000)], 1.0
+    data.seconds, data.clips = 1.0, [data.clips[0]._replace(read=lambda: np.arange(48_000))]
     assert data.crop(0, types.SimpleNamespace(integers=lambda high: high - 1))[-1] == 47_999
     crops = [data.crop(0, np.random.default_rng(i)) for i in range(20)]
     assert {len(crop) for crop in crops} == {16_000}
@@ -2279,22 +1957,18 @@ def test_fraction_keeps_all_classes_and_is_nested():
     third, tenth = data.fraction(1 / 3, seed=1), data.fraction(0.1, seed=1)
     assert third.targets(range(len(third))).sum(0).tolist() == [10, 3, 1]
     assert tenth.targets(range(len(tenth))).sum(0).tolist() == [3, 1, 1]
-    assert set(tenth.names) < set(third.names)
-    assert set(third.names) != set(data.fraction(1 / 3, seed=2).names)
+    assert set(names(tenth)) < set(names(third))
+    assert set(names(third)) != set(names(data.fraction(1 / 3, seed=2)))
     several = labelled_set([(0,), (), (1,), (), (0, 1, 2), ()])
     few = several.fraction(0.01, seed=0)
     assert (few.targets(range(len(few))).sum(0) > 0).all()
 
 
-def test_fingerprint_tells_sets_apart_but_not_orders():
-    many = labelled_set([(0,)] * 401)                   # more than it hears
-    assert many.subset(np.arange(401)[::-1]).fingerprint() == many.fingerprint()
+def test_fingerprint_tells_sets_apart():
     data = labelled_set([(0,), (1,), (1,), (0,)])
-    turned = data.subset(np.array([2, 0, 3, 1]))
-    assert turned.fingerprint() == data.fingerprint()
-    assert data.subset(np.arange(3)).fingerprint() != data.fingerprint()
-    other = labelled_set([(0,), (1,), (0,), (0,)])
-    assert other.fingerprint() != data.fingerprint()
+    assert labelled_set([(0,), (1,), (1,), (0,)]).fingerprint() == data.fingerprint()
+    assert labelled_set([(0,), (1,), (0,), (0,)]).fingerprint() != data.fingerprint()
+    assert data.subset([0, 1, 2]).fingerprint() != data.fingerprint()
 
 
 def test_split_never_trains_on_what_it_tests():
@@ -2304,11 +1978,11 @@ def test_split_never_trains_on_what_it_tests():
         tested = []
         for fold in "12345":
             training, valid, test = finetune.split(data, list("12345"), fold, 1.0, args)
-            assert not set(training.names) & set(test.names) and not set(valid.names) & set(test.names)
-            assert not set(training.names) & set(valid.names) and len(valid) == 8 * validate
+            assert not set(names(training)) & set(names(test)) and not set(names(valid)) & set(names(test))
+            assert not set(names(training)) & set(names(valid)) and len(valid) == 8 * validate
             assert len(training) == 32 - len(valid) and set(test.splits) == {fold}
             assert set(valid.splits) == ({str(int(fold) % 5 + 1)} if validate else set())       # the next fold
-            tested += test.names
+            tested += names(test)
         assert len(set(tested)) == 40
 
 
@@ -2316,7 +1990,7 @@ def test_split_holds_out_a_tenth_where_there_are_no_folds():
     data = labelled_set([(0,), (1,)] * 20, splits=["train"] * 30 + ["test"] * 10)
     training, valid, test = finetune.split(data, [None], None, 1.0, parse_finetune("--validate"))
     assert (len(training), len(valid), len(test)) == (28, 2, 10)
-    assert set(training.splits) | set(valid.splits) == {"train"} and not set(training.names) & set(valid.names)
+    assert set(training.splits) | set(valid.splits) == {"train"} and not set(names(training)) & set(names(valid))
     data = labelled_set([(0,), (1,)] * 20, splits=["train"] * 30 + ["valid"] * 4 + ["test"] * 6)
     assert [len(part) for part in finetune.split(data, [None], None, 1.0, parse_finetune())] == [30, 4, 6]
     few = labelled_set([(0,), (1,)] * 5, splits=["train"] * 8 + ["test"] * 2)
@@ -2356,7 +2030,7 @@ class Numbers:
     def __init__(self, length=lambda i: 20):
         self.length = length
 
-    crops = np.ones(10, int)
+    clips = [datasets.Clip(str(i)) for i in range(10)]
 
     def __len__(self):
         return 10
@@ -2444,21 +2118,13 @@ def test_pretraining_writes_log_and_checkpoint(pretrained, tmp_path, call):
 
 
 def test_the_log_tells_the_speed(pretrained, tmp_path, monkeypatch, call):
-    monkeypatch.setattr(pretrain, "time", clock(1e-5))          # of the log's start, of the run's, then of each line
+    monkeypatch.setattr(pretrain, "time", clock(1e-5))          # of the log's start, then of each line
     printed = call("pretrain.py", *pretrained[0], "--out", tmp_path / "run")
     log, flops = read_log(tmp_path / "run")[0], Wav2Vec2("tiny", **SMALL).flops(100)
-    for line, clips_per_second in zip(log, (8 / 2e-5, 8 / 1e-5, 8 / 1e-5), strict=True):
-        assert (line["clips_per_second"], line["tflops"]) == (
-            pytest.approx(clips_per_second, abs=0.06), pytest.approx(clips_per_second * flops / 1e12, abs=6e-4))
-        assert all(len(str(line[name]).partition(".")[2]) <= digits for name, digits in (
-            ("clips_per_second", 1), ("tflops", 3)))
-    assert "6 updates in 0.0 min" in printed and f"finetune.py --init {tmp_path / 'run'}\n" in printed
-    with monkeypatch.context() as patch:
-        patch.setattr(pretrain, "learning_rate", fail_at(2, lambda: signal.raise_signal(signal.SIGINT), lambda *_: 0))
-        call("pretrain.py", *pretrained[0], "--out", tmp_path / "stopped", code=130)
-    monkeypatch.setattr(pretrain, "time", clock(1e-5))
-    call("pretrain.py", *pretrained[0], "--out", tmp_path / "stopped", "--resume")       # one update to the next line
-    assert read_log(tmp_path / "stopped")[0][1]["clips_per_second"] == pytest.approx(4 / 2e-5)
+    for line in log:
+        assert line["clips_per_second"] == pytest.approx(8 / 1e-5, abs=0.06)
+        assert line["tflops"] == pytest.approx(8 / 1e-5 * flops / 1e12, abs=6e-4)
+    assert f"finetune.py --init {tmp_path / 'run'}\n" in printed
 
 
 def test_results_tell_the_minutes(tmp_path, monkeypatch, call):
@@ -2473,7 +2139,6 @@ def test_held_out_loss_is_that_of_recordings_never_trained_on(pretrained, monkey
     (_, folder, *_), out = pretrained
     checkpoint, source = load_checkpoint(out), datasets.open_unlabelled([folder], 2.0)[1]
     model, frontend = pretrain.load_encoder(checkpoint)
-    pretrain.load_weights(checkpoint, model, frontend)
     args = types.SimpleNamespace(seconds=2.0, dtype=None)
     calls = spy(monkeypatch, datasets.ClipSet, "crop")
     figures = [pretrain.held_out_figures(model, frontend, source, args) for _ in range(2)]
@@ -2576,9 +2241,9 @@ def test_a_killed_run_ends_as_if_it_had_not_been(pretrained, tmp_path, monkeypat
     monkeypatch.setattr(pretrain, "learning_rate", schedule)
     with open(tmp_path / "killed" / "log.jsonl", "a") as log:
         log.write('{"update": 2')                               # the last line may be incomplete
-    call("pretrain.py", *options[:2], "--out", tmp_path / "killed", "--resume")     # options are remembered
+    call("pretrain.py", *options, "--out", tmp_path / "killed", "--resume")
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
-    assert [line["update"] for line in read_log(tmp_path / "whole")[0]] == [4, 8, 12, 16, 20, 24, 28, 30]
+    assert [line["update"] for line in read_log(tmp_path / "whole")[0]] == [4, 7, 8, 12, 14, 16, 20, 21, 24, 28, 30]
 
 
 def test_killed_fine_tuning_ends_as_if_it_had_not_been(pretrained, esc50, tmp_path, monkeypatch, call):
@@ -2643,24 +2308,13 @@ def test_a_second_signal_ends_the_run_at_once(pretrained, tmp_path, monkeypatch,
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
-def test_a_signal_ends_fine_tuning_which_resumes_with_its_best_weights(pretrained, esc50, tmp_path, monkeypatch, call):
-    """Scores on the validation clips fall, so that the best weights are from before the signal."""
-    options = [*esc50, "--init", pretrained[1], "--updates", 6, "--validate"]
-    scores, schedule = [], finetune.three_stage_lr
-    monkeypatch.setattr(finetune, "evaluate", lambda *_: (scores.append(1 - len(scores) / 100), (scores[-1], None))[1])
+def test_a_signal_ends_fine_tuning_which_resumes(pretrained, esc50, tmp_path, monkeypatch, call):
+    options, schedule = [*esc50, "--init", pretrained[1], "--updates", 6, "--validate"], finetune.three_stage_lr
     call("finetune.py", *options, "--out", tmp_path / "whole")
-    scores.clear()
     monkeypatch.setattr(finetune, "three_stage_lr", fail_at(3, lambda: signal.raise_signal(signal.SIGINT), schedule))
     call("finetune.py", *options, "--out", tmp_path / "run", code=130)
     call("finetune.py", *options, "--out", tmp_path / "run", "--resume")
     assert_same_run(tmp_path / "whole", tmp_path / "run")
-
-
-def test_up_to_twenty_validations(pretrained, esc50, tmp_path, monkeypatch, call):
-    validations = spy(monkeypatch, finetune, "evaluate")
-    call("finetune.py", *esc50, "--init", pretrained[1], "--updates", 39, "--validate", "--no-test", "--augment",
-         "--out", tmp_path / "run")
-    assert len(validations) == 20
 
 
 def test_all_processes_stop_at_the_same_update_and_another_number_resumes(pretrained, tmp_path, call):
@@ -2684,16 +2338,14 @@ def test_all_processes_stop_at_the_same_update_and_another_number_resumes(pretra
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(pretrained, tmp_path, monkeypatch, call):
-    options, written, save = [*pretrained[0], "--out", tmp_path / "run", "--checkpoint-every", 2], [], torch.save
+    options, synced = [*pretrained[0], "--out", tmp_path / "run", "--checkpoint-every", 2], []
 
-    def full(checkpoint, file):
-        written.append(file)
-        if len(written) == 2:
-            with open("/dev/full", "wb") as file:
-                return save(checkpoint, file)
-        save(checkpoint, file)
-    monkeypatch.setattr(torch, "save", full)
-    assert re.search("can't be written.*--resume", call("pretrain.py", *options, code=2))
+    def full(number):
+        synced.append(number)
+        if len(synced) == 3:                                    # the log's start, a checkpoint, and the second
+            raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    assert "No space left on device" in call("pretrain.py", *options, code=2)
     assert load_checkpoint(tmp_path / "run")["update"] == 2
     call("pretrain.py", *options, "--resume")
     assert load_checkpoint(tmp_path / "run")["update"] == 6
@@ -2705,21 +2357,18 @@ def test_a_run_is_not_overwritten_nor_changed(pretrained, finetuned, tmp_path, c
     assert "--resume" in message and "--out" in message
     for change, word in ((["--dim", 32], "--dim 16"), (["--seed", 1], "--seed 0"), (["--data", "synth"], "recordings")):
         assert word in call("pretrain.py", *options, "--out", folder, "--resume", *change, code=2)
-    options = results(finetuned)[0]["args"]
-    message = call("finetune.py", "--data", "esc50", "--root", options["root"], "--init", options["init"], "--head",
-                   "frames", "--out", finetuned, "--resume", "--updates", 40, code=2)
-    assert "--updates 20" in message
-    message = call("finetune.py", "--data", "esc10", "--out", finetuned, "--resume", code=2)
-    assert "other clips, labels, splits" in message
-    monkeypatch.chdir(tmp_path)                                 # without --out, the usual folder
-    table = write_table(tmp_path, "1.wav,a,train", "2.wav,b,test")
-    shutil.copytree(folder, "runs/pretrain")                            # a run that was moved goes on where it is
-    assert pretrain.parse(["--resume"])[0].out == "runs/pretrain"
-    call("finetune.py", "--data", "csv", "--root", table, "--updates", 1, "--resume")
-    assert "done" in call("finetune.py", "--data", "csv", "--root", table, "--updates", 1, "--resume")
-    call("pretrain.py", *pretrained[0], "--profile", "--checkpoint-every", 1, "--out", tmp_path / "profiled")
-    call("pretrain.py", "--resume", "--out", tmp_path / "profiled")         # and profiles no more
-    assert "trace.json" in os.listdir(tmp_path / "profiled")
+    shutil.copytree(folder, tmp_path / "moved")                 # a run that was moved goes on where it is
+    call("pretrain.py", *options, "--out", tmp_path / "moved", "--resume")
+    args = results(finetuned)[0]["args"]
+    options = ["--data", "esc50", "--root", args["root"], "--init", args["init"], "--head", "frames", "--batch-size", 6,
+               "--lr", 3e-3, "--augment", "--consistency", 0, "--out", finetuned, "--resume"]
+    assert "--updates 20" in call("finetune.py", *options, "--updates", 40, code=2)
+    assert "done" in call("finetune.py", *options, "--updates", 20)
+    table = Path(args["root"]) / "meta" / "esc50.csv"
+    whole = table.read_text()
+    table.write_text(whole.replace("1-100-A-0.wav,1", "1-100-A-0.wav,2"))
+    assert "other recordings, labels or splits" in call("finetune.py", *options, "--updates", 20, code=2)
+    table.write_text(whole)
 
 
 # ------------------------------------------------------------------------- what is not finite, what collapses
@@ -2749,12 +2398,6 @@ def test_a_run_that_stays_not_finite_stops(pretrained, esc50, tmp_path, monkeypa
     assert "10 updates in a row, now at 10 with" in message and not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
-def test_a_run_that_explodes_leaves_no_checkpoint(pretrained, tmp_path, call):
-    message = call("pretrain.py", *pretrained[0], "--lr", 1e6, "--max-grad-norm", 1e6, "--warmup", 0, "--updates", 60,
-                   "--temperature", 1e-12, "--out", tmp_path / "run", code=2)
-    assert "not finite" in message and not (tmp_path / "run" / "checkpoint.pt").exists()
-
-
 def test_a_collapse_is_warned_of_once(pretrained, tmp_path, monkeypatch, capsys, call):
     init = wav2vec2.FeatureEncoder.__init__
     monkeypatch.setattr(wav2vec2.FeatureEncoder, "__init__", lambda self, *settings: (
@@ -2765,52 +2408,6 @@ def test_a_collapse_is_warned_of_once(pretrained, tmp_path, monkeypatch, capsys,
     assert capsys.readouterr().err.count("collapsed") == 1
     last = read_log(tmp_path / "run")[0][-1]
     assert last["latent_cosine"] == pytest.approx(1) and last["duplicates"] == 1 and last["accuracy"] == 0
-
-
-def test_tensorboard_draws_the_log_or_is_asked_for_in_a_line(pretrained, tmp_path, monkeypatch, call):
-    options = ["pretrain.py", *pretrained[0], "--out", tmp_path / "run", "--tensorboard"]
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    assert "pip install tensorboard" in call(*options, code=2)
-    drawn, pictures = [], []
-    writer = types.SimpleNamespace(add_scalar=lambda name, value, update: drawn.append((update, name, value)),
-                                   add_image=lambda name, image, update: pictures.append((name, image, update)),
-                                   flush=lambda: drawn.append("flushed"), close=lambda: drawn.append("closed"))
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(
-        SummaryWriter=lambda out, purge_step: drawn.append(purge_step) or writer))
-    call(*options)
-    expected = [1]                              # where later points of an earlier run are dropped
-    for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines():
-        update, *figures = json.loads(line).items()
-        expected += [(update[1], *figure) for figure in figures] + ["flushed"]
-    assert drawn == [*expected, "closed"] and len(drawn) > 30
-    (name, image, update), (other, cosine, _) = pictures                # of the one checkpoint
-    assert (name, other, update) == ("masked log-mels", "context against latents", 6)
-    latents, blue = image.shape[2] // 16, (image[2] == 1).all(0)        # four frames, each drawn four times as large
-    masked = max(round(0.3 * latents), 4)
-    assert blue.sum() == 16 * masked and cosine.shape == (1, 4 * masked, 4 * masked)
-    assert image[:, :, ~blue].std(0).max() == 0                         # grey
-    assert 0 <= cosine.min() < cosine.max() <= 1
-
-
-def test_pictures_are_black_at_three_deviations_below_the_mean():
-    source, frontend, pictures = Numbers(lambda i: 32_000), LogMel(), {}
-    waveform = torch.from_numpy(source.crop(0, np.random.default_rng(0)))[None]
-    frontend.fit_normalization([(waveform, torch.tensor([32_000]))])
-    board = types.SimpleNamespace(add_image=lambda name, image, update: pictures.update({name: image}))
-    pretrain.draw(board, 1, Wav2Vec2("tiny", **SMALL), frontend, source)
-    image = pictures["masked log-mels"][0, ::4, ::4]                    # low bands below
-    torch.testing.assert_close(image.flip(0).T, ((frontend(waveform)[0] + 3) / 6).clamp(0, 1))
-
-
-def test_nothing_is_drawn_of_clips_too_short_to_mask():
-    pretrain.draw(None, 1, Wav2Vec2("tiny", **SMALL), LogMel(), Numbers(lambda i: 1000))
-
-
-def test_profile_prints_where_the_time_goes(pretrained, tmp_path, call):
-    printed = call("pretrain.py", *pretrained[0], "--updates", 30, "--profile", "--out", tmp_path / "run")
-    assert "Self CPU" in printed and "aten::" in printed
-    assert json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
-    assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
 # ------------------------------------------------------------------------- micro-batches, processes, workers
@@ -2864,7 +2461,7 @@ def test_workers_may_be_spawned(pretrained, tmp_path, monkeypatch, call):
 
 @pytest.mark.parametrize("fault, message", [
     (lambda: Path("/nowhere/at all").read_bytes(), "/nowhere/at all"),
-    (lambda: os.kill(os.getpid(), signal.SIGKILL), "data was killed")])
+    (lambda: os.kill(os.getpid(), signal.SIGKILL), "process that reads data was killed")])
 def test_a_data_worker_that_fails_ends_the_run_in_a_line(pretrained, tmp_path, monkeypatch, capfd, fault, message):
     """Within a minute, and without waiting for the other workers."""
     crop, log, training = datasets.ClipSet.crop, pretrain.Log, []
@@ -2876,7 +2473,7 @@ def test_a_data_worker_that_fails_ends_the_run_in_a_line(pretrained, tmp_path, m
     monkeypatch.setattr(datasets.ClipSet, "crop", fail)
     monkeypatch.setattr(pretrain, "Log", lambda *inputs: (training.append(True), log(*inputs))[1])
     assert run_forked("pretrain.py", *pretrained[0], "--updates", 500, "--workers", 2, "--out", tmp_path / "run") == [2]
-    assert message in capfd.readouterr().err.splitlines()[-1]
+    assert message in capfd.readouterr().err
 
 
 @soak
@@ -2887,19 +2484,22 @@ def test_soak_compiled_training_is_the_same(pretrained, tmp_path):
     torch.testing.assert_close(gradients(tmp_path / "compiled"), gradients(tmp_path / "eager"), atol=1e-5, rtol=1e-4)
 
 
-def test_processes_that_found_another_checkpoint_or_other_data_are_refused(tmp_path):
+@pytest.mark.parametrize("there, codes", [(("data", 1), [0, 0]), (("other", 1), [2, 2]), (("data", 0), [2, 2])])
+def test_processes_that_found_another_checkpoint_or_other_data_are_refused(pretrained, tmp_path, there, codes):
     """Machines that do not share --out: one would train the fold that another tests."""
-    here = ((0, 5), "data")
-    for there, code in ((here, 0), (((1, 0), "data"), 2), ((None, "data"), 2), (((0, 5), "other"), 2)):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+    data, has_checkpoint = there
+    for number in range(2):
+        if has_checkpoint or number == 0:
+            shutil.copytree(pretrained[1], tmp_path / str(number))
+    args = pretrain.parse(list(map(str, pretrained[0])))
 
-        def start(rank, port=port, there=there):
-            os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-            torch.distributed.init_process_group("gloo")
-            args = types.SimpleNamespace(out="run", device="cpu")
-            datasets.run_script(lambda: pretrain.agree(args, *(there if rank else here)))
-        assert fork(start, 2) == [code] * 2
+    def start(rank):
+        os.environ.update(RANK=str(rank), WORLD_SIZE="2")
+        torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=rank, world_size=2)
+        args.out, args.resume = str(tmp_path / str(rank)), True
+        digest = load_checkpoint(pretrained[1])["data"]
+        datasets.run_script(lambda: pretrain.resume(args, "pretrain.py", digest if data == "data" or rank == 0 else ""))
+    assert fork(start, 2) == codes if data == "data" else 2 in fork(start, 2)
 
 
 def test_requirements_are_what_the_modules_import():
@@ -2917,32 +2517,12 @@ def test_folds_are_in_the_order_of_their_numbers():
     assert {fold: set(valid.splits) for _, _, fold, _, valid, _ in jobs}["9"] == {"10"}
 
 
-@pytest.mark.parametrize("side, counts", [("train", "2 clips to train on and 0 to test on"),
-                                          ("test", "0 clips to train on and 2 to test on")])
+@pytest.mark.parametrize("side, counts", [("train", "2 clips to train on, 0 to validate and 0 to test on"),
+                                          ("test", "0 clips to train on, 0 to validate and 2 to test on")])
 def test_a_set_with_one_side_only_is_refused(side, counts):
     data = labelled_set([(0,), (1,)], splits=[side] * 2)
     with pytest.raises(InputError, match=counts):
         finetune.plan(data, parse_finetune())
-
-
-@pytest.mark.parametrize("megabytes, expected", [(0.01, 0), (100, 15)])
-def test_few_large_recordings_are_decoded_by_many_processes(monkeypatch, megabytes, expected):
-    loaders = spy(monkeypatch, torch.utils.data, "DataLoader")
-    monkeypatch.setattr(os.path, "exists", lambda path: True)
-    monkeypatch.setattr(os.path, "getsize", lambda path: int(megabytes * 2**20))
-    monkeypatch.setattr(datasets, "progress", lambda *_, **__: ())
-    list(datasets.decode([Path(f"{i}.wav") for i in range(15)], workers=64))
-    (inputs, _), = loaders
-    assert inputs[2] == expected
-
-
-def test_a_bar_is_gone_at_its_end_and_in_no_log():
-    terminal, log = io.StringIO(), io.StringIO()
-    terminal.isatty = lambda: True
-    for file in (terminal, log):
-        assert list(datasets.progress(range(3), "decode", file=file)) == [0, 1, 2]
-    *_, bar, wiped, rest = terminal.getvalue().split("\r")
-    assert "decode" in bar and (wiped.strip(), rest) == ("", "") and log.getvalue() == ""
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
@@ -2953,13 +2533,8 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert datasets.find_device() == torch.device("cuda", 1)
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(InputError, match="only 2 GPUs here"):
+    with pytest.raises(InputError, match="this torch has none, or not for 3 processes"):
         datasets.find_device()
-
-
-def test_one_clip_in_each_of_several_processes_can_be_standardised(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert parse_finetune("--micro-batch", "1").micro_batch == 1
 
 
 def test_attention_by_cudnn_is_off_wherever_there_is_a_model():
@@ -2982,15 +2557,15 @@ def test_compiled_blocks_are_evaluated_eagerly():
 def undropped(tmp_path):
     """A pre-trained model without dropout, whose training is the same in one process or two."""
     encoder = Wav2Vec2("tiny", **SMALL, dropout=0.0)
-    pretrain.save_checkpoint(tmp_path / "undropped.pt", encoder, frontend=LogMel().state_dict(),
-                             settings=encoder.settings, args={}, script="pretrain.py")
+    pretrain.save_checkpoint(tmp_path / "undropped.pt", encoder, LogMel(), settings=encoder.settings, args={},
+                             script="pretrain.py")
     return tmp_path / "undropped.pt"
 
 
 def test_two_processes_fine_tune_as_one(tmp_path, esc50, undropped, call):
-    """Same clips, same augmentations, partners of mixup out of the whole batch: the same change of the weights, up to
-    the rounding of other paddings, which Adam enlarges where a gradient is nearly 0; and the same score."""
-    options = [*esc50, "--updates", 3, "--head-dropout", 0, "--init", undropped]
+    """Same clips, same augmentations but for mixup's partners: the same change of the weights, up to the rounding of
+    other paddings, which Adam enlarges where a gradient is nearly 0; and the same score."""
+    options = [*esc50, "--updates", 3, "--head-dropout", 0, "--init", undropped, "--augment", "jitter", "time_mask"]
     call("finetune.py", *options, "--out", tmp_path / "run1")
     assert run_forked("finetune.py", *options, "--out", tmp_path / "run2", processes=2) == [0, 0]
     before = load_checkpoint(undropped)["model"]
@@ -3053,59 +2628,9 @@ def test_fine_tuning_over_folds_from_a_checkpoint(pretrained, esc50, tmp_path, c
     assert lines[0]["args"]["lr"] == finetune.FREEZE_LR
 
 
-def test_a_mean_over_folds_says_that_it_is_of_validation_clips(esc50, tmp_path, call):
-    printed = call("finetune.py", *esc50, "--fold", "all", "--updates", 1, "--validate", "--no-test", "--out",
-                   tmp_path / "run")
-    assert printed.count(": validation accuracy") == 5 and "mean validation accuracy over 5 folds" in printed
-
-
 def test_fine_tuning_learns_tones(esc50, tmp_path, call):
     call("finetune.py", *esc50, "--updates", 40, "--lr", 3e-3, "--out", tmp_path / "run")
     assert results(tmp_path / "run")[0]["score"] >= 4 / 6       # chance: 2 / 6
-
-
-def test_the_weights_that_did_best_on_validation_clips_are_tested(esc50, tmp_path, monkeypatch, call):
-    """A run whose rate explodes after it has learned: the last weights would be useless. Both scores are reported."""
-    monkeypatch.setattr(finetune, "three_stage_lr", lambda update, *_: 3e-3 if update < 30 else 10.0)
-    for extra in ([], ["--validate"], ["--validate", "--no-test"]):
-        printed = call("finetune.py", *esc50, "--fold", 3, "--updates", 40, "--augment", "--consistency", 0, *extra,
-                       "--out", tmp_path / f"run{len(extra)}")
-    plain, validated, chosen = (results(tmp_path / f"run{n}")[0] for n in range(3))
-    assert plain["score"] < 0.7 and plain["valid_best"] is None and validated["score"] == validated["valid_best"] == 1
-    assert chosen["score"] == chosen["valid_last"] < 0.7 and chosen["valid_best"] == 1      # not a maximum of twenty
-    assert "validation accuracy" in printed and "best of up to twenty 1.000" in printed
-    assert plain["fold"] == validated["fold"] == chosen["fold"] == "3"
-    assert plain["test"] == validated["test"] != chosen["test"]
-
-
-def test_the_encoder_has_a_learning_rate_of_its_own(tmp_path, esc50, undropped, call):
-    """Adam's first steps are as long as the learning rate: the encoder's a tenth of the head's."""
-    call("finetune.py", *esc50, "--updates", 1, "--init", undropped, "--encoder-lr", 0.1, "--weight-decay", 0, "--lr",
-         1e-3, "--stages", 0, 1, 0, "--out", tmp_path / "run")
-    before, after = load_checkpoint(undropped), load_checkpoint(tmp_path / "run" / "fold1_fraction1.pt")
-    name = "features.linear.weight"
-    change = (after["model"][f"encoder.{name}"] - before["model"][name]).abs()
-    assert change.max().item() == pytest.approx(1e-4, rel=0.01)
-    for data in ("esc10", "folder", "csv"):             # sets with few labels; one's own are taken for such
-        args = parse_finetune("--data", data)
-        assert (args.encoder_lr, args.layer, args.head, args.augment) == (1, "last", "stats", ["jitter"])
-
-
-@pytest.mark.parametrize("layer, number", [("middle", 1), (2, 2)])
-def test_the_head_reads_the_layer_asked_for(tmp_path, esc50, undropped, call, layer, number):
-    """Later blocks are not trained; --predict reads the same layer."""
-    call("finetune.py", *esc50, "--updates", 2, "--init", undropped, "--layer", layer, "--out", tmp_path / "run")
-    model, frontend, classes = finetune.load_run(tmp_path / "run")
-    before, sound = load_checkpoint(undropped)["model"], tmp_path / "data" / "audio" / "1-100-A-0.wav"
-    for block in (0, 1):
-        name = f"conformer.blocks.{block}.feed_forward1.up.weight"
-        assert torch.equal(before[name], model.encoder.get_parameter(name)) == (block >= number)
-    with torch.no_grad():
-        log_mel = frontend(torch.from_numpy(read_audio(sound))[None])
-        expected = model.clip_logits(model.encoder.encode(log_mel, layer=number)[0]).sigmoid()[0]
-    probabilities, _ = finetune.predict(sound, model, frontend, classes)
-    assert [probabilities[name] for name in classes] == pytest.approx(expected.tolist(), abs=1e-3)
-    torch.testing.assert_close(model(log_mel).sigmoid()[0], expected)
 
 
 def test_balance_draws_by_class(tmp_path, esc50, undropped, monkeypatch, call):
@@ -3118,11 +2643,10 @@ def test_balance_draws_by_class(tmp_path, esc50, undropped, monkeypatch, call):
 
 def test_logits_are_those_of_each_clip_alone_and_whole():
     """In groups of similar length, padded; in training only crops would be heard."""
-    lengths, rng = [9_000, 16_000, 4_000, 16_000, 700], np.random.default_rng(0)
-    waveforms = [rng.integers(-9000, 9000, n).astype(np.int16) for n in lengths]
-    clips = [datasets.Clip(name, (0,), "test", None, samples=n) for name, n in zip("vwxyz", lengths, strict=True)]
-    data = datasets.ClipSet(clips, waveforms, ["a", "b", "c"], "accuracy")
-    data.seconds = 0.5
+    rng = np.random.default_rng(0)
+    waveforms = [rng.integers(-9000, 9000, n).astype(np.int16) for n in (9_000, 16_000, 4_000, 16_000, 700)]
+    clips = [datasets.Clip("", ("a",), samples=len(x), read=functools.partial(np.asarray, x)) for x in waveforms]
+    data = datasets.ClipSet(clips, ["a", "b", "c"], "accuracy", seconds=0.5)
     model, front = finetune.Classifier(Wav2Vec2("tiny", **SMALL), 3), LogMel()
     logits = finetune.compute_logits(model, front, data, parse_finetune(), batch_seconds=2)
     for waveform, found in zip(waveforms, logits, strict=True):
@@ -3160,28 +2684,24 @@ def test_runs_give_the_figures_they_gave_when_the_readme_was_measured(pretrained
     assert held_out[0]["held_out_loss"] == pytest.approx(5.88700, abs=2e-4)
 
 
-@pytest.mark.parametrize("fault, name", [(BrokenPipeError(32, "Broken pipe"), "say"), (InputError("x"), "evaluate")])
-def test_what_was_trained_is_saved_before_it_is_tested_and_told(tmp_path, monkeypatch, call, fault, name):
+def test_what_was_trained_is_saved_before_it_is_tested(tmp_path, monkeypatch, call):
     """And --resume goes on with the test, without another update."""
     table = write_table(tmp_path, "1.wav,a,train", "2.wav,b,train", "3.wav,a,test")
     options = ["finetune.py", "--data", "csv", "--root", table, "--updates", 3, "--out", tmp_path / "run"]
-    original = getattr(finetune, name)
 
-    def broken(*inputs):
-        if name == "evaluate" or inputs[0].startswith("model"):
-            raise fault
-        return original(*inputs)
+    def fail(*_):
+        raise InputError("x")
     with monkeypatch.context() as patch:
-        patch.setattr(finetune, name, broken)
+        patch.setattr(finetune, "evaluate", fail)
         call(*options, code=2)
     assert finetune.load_run(tmp_path / "run")[2] == ["a", "b"]
-    steps = spy(monkeypatch, finetune, "add_gradients")
+    steps = spy(monkeypatch, finetune, "compute_loss")
     assert "done" in call(*options, "--resume") and not steps
     assert len(results(tmp_path / "run")) == 1
 
 
 def test_what_can_not_be_measured_is_found_before_the_first_update(tmp_path, monkeypatch, call):
-    steps = spy(monkeypatch, finetune, "add_gradients")
+    steps = spy(monkeypatch, finetune, "compute_loss")
     table = write_table(tmp_path, "1.wav,a;b,train", "2.wav,b,train", "3.wav,,test")
     message = call("finetune.py", "--data", "csv", "--root", table, "--out", tmp_path / "run", code=2)
     assert "no mAP on 1 clips to test" in message and not steps
@@ -3198,7 +2718,7 @@ def test_predict_says_what_the_model_says(finetuned, tmp_path, call):
         assert max(len(str(value)) for value in line["probabilities"].values()) == len("0.1234")
     model, frontend, classes = finetune.load_run(finetuned)
     with torch.no_grad():
-        wave = torch.from_numpy(read_audio(sounds[1]))
+        wave = torch.from_numpy(datasets.read_audio(sounds[1])[0])
         frames = model.frame_logits(model.encoder.encode(frontend(wave[None]))[0])
         expected = model(frontend(wave[None])).sigmoid()[0]
     for name, value in zip(classes, expected.tolist(), strict=True):
@@ -3242,59 +2762,23 @@ def test_a_long_recording_is_tagged_as_a_whole(tmp_path, head):
 
 
 def test_embeddings_of_any_run(finetuned, pretrained, tmp_path, call):
+    """Of the middle block, the first of two here; a long recording in equal parts."""
     for i in range(2):
         write_wav(tmp_path / f"{i}.wav", 1 + 70 * i, frequency=300 + 400 * i)
     sounds = [tmp_path / f"{i}.wav" for i in range(2)]
     for start, name in ((finetuned, "tuned"), (pretrained[1], "pretrained")):
-        for layer in (1, 2):
-            options = ["finetune.py", "--embed", *sounds, sounds[0], "--init", start, "--layer", layer]
-            out = tmp_path / name / "new" / f"{layer}.npy"                      # folders are made
-            call(*options, "--out", out)
-            assert "exists already" in call(*options, "--out", out, code=2)
-            call(*options, "--frames", "--out", out.with_suffix(".npz"))
-            clips, frames = np.load(out), np.load(out.with_suffix(".npz"))
-            assert clips.shape == (3, 32) and np.array_equal(clips[0], clips[2])        # a row for each argument
-            model, frontend, _ = finetune.load_run(start)
-            encoder = getattr(model, "encoder", model)
-            waves = [*datasets.read_blocks(sounds[0]), *datasets.read_blocks(sounds[1], 36)]
-            with torch.no_grad():                               # the second sound in two parts
-                short, first, second = (
-                    encoder.encode(frontend(torch.from_numpy(wave)[None]), layer=layer)[0][0] for wave in waves)
-                for x in encoder.conformer.blocks[layer:]:      # the blocks behind are not asked
-                    assert not torch.equal(short, x(short[None])[0])
-            assert frames["sounds"].tolist() == list(map(str, [*sounds, sounds[0]]))       # one of them twice
-            np.testing.assert_allclose(frames["arr_0"], short, atol=1e-3)
-            np.testing.assert_allclose(frames["arr_1"], torch.cat([first, second]), atol=1e-3)
-            for row, x in zip(clips, (short, torch.cat([first, second])), strict=False):
-                np.testing.assert_allclose(row, torch.cat([x.mean(0), x.std(0, correction=0)]), atol=1e-3)
-
-
-def test_a_recording_of_too_many_hours_is_to_be_cut(finetuned, tmp_path, monkeypatch, call):
-    """Told by its header or, where that is missing, once it has been read so far."""
-    monkeypatch.setattr(finetune, "LONGEST", 1 / 60)
-    write_wav(tmp_path / "a.wav", 61)
-    assert "longer than" in call("finetune.py", "--predict", tmp_path / "a.wav", "--init", finetuned, code=2)
-    monkeypatch.setattr(finetune, "read_blocks", lambda *options: (np.zeros(960_000, np.float32) for _ in range(3)))
-    model, front, _ = finetune.load_run(finetuned)
-    write_wav(tmp_path / "b.wav", 1)
-    with pytest.raises(InputError, match="b.wav: is longer than"):
-        finetune.embed(tmp_path / "b.wav", model, front)
-    monkeypatch.undo()
-    assert finetune.LONGEST == 12 and finetune.embed(tmp_path / "a.wav", model, front).shape == (32,)
-
-
-def test_events_are_written_as_dcase_has_them(finetuned, tmp_path, call):
-    for name in ("a.wav", "b.wav"):
-        write_wav(tmp_path / name, 2, frequency=900)
-    options = ["finetune.py", "--predict", tmp_path / "a.wav", tmp_path / "b.wav", "--init", finetuned, "--threshold",
-               0.3, "--tsv", tmp_path / "events.tsv"]
-    printed = call(*options, "--json")
-    expected = ["filename\tonset\toffset\tevent_label"]
-    for sound, line in zip(("a.wav", "b.wav"), map(json.loads, printed.splitlines()), strict=True):
-        expected += [f"{sound}\t{onset:.2f}\t{offset:.2f}\t{name}" for onset, offset, name in line["events"]]
-    assert (tmp_path / "events.tsv").read_text().splitlines() == expected and len(expected) > 2
-    assert "exists already" in call(*options, code=2)
-    assert "same" in call(*options, "--predict", "x/a.wav", "y/a.wav", "--tsv", tmp_path / "b.tsv", code=2)
+        options = ["finetune.py", "--embed", *sounds, sounds[0], "--init", start, "--out", tmp_path / f"{name}.npy"]
+        call(*options)
+        assert "exists already" in call(*options, code=2)
+        rows = np.load(tmp_path / f"{name}.npy")
+        assert rows.shape == (3, 32) and np.array_equal(rows[0], rows[2])       # a row for each argument
+        model, frontend, _ = finetune.load_run(start)
+        encoder = getattr(model, "encoder", model)
+        short, long = (torch.from_numpy(datasets.read_audio(sound)[0])[None] for sound in sounds)
+        with torch.no_grad():
+            parts = [encoder.encode(frontend(wave), layer=1)[0][0] for wave in (short, *long.split(444 * 1280, 1))]
+        for row, x in zip(rows, (parts[0], torch.cat(parts[1:])), strict=False):
+            np.testing.assert_allclose(row, torch.cat([x.mean(0), x.std(0, correction=0)]), atol=1e-3)
 
 
 def test_a_prediction_is_drawn_or_what_is_missing_said(finetuned, tmp_path, monkeypatch, call):
@@ -3376,7 +2860,7 @@ def test_the_readme_has_the_recipes_of_the_data_sets():
 def test_the_readme_has_the_numbers_of_synthetic_clips():
     readme = " ".join((HERE / "README.md").read_text().split())
     unlabelled, held_out = datasets.open_unlabelled(["synth"], 5.0)
-    train, test = (option.default for option in inspect.signature(datasets.synth).parameters.values())
+    train, test = (option.default for option in inspect.signature(datasets.synth_set).parameters.values())
     assert f"{train:,} labelled synthetic clips" in readme and f"{len(unlabelled):,} unlabelled" in readme
     assert f"on {test} clips" in readme and len(held_out) == 100
 
@@ -3410,10 +2894,10 @@ class Evil:
     ("pretrain.py", "--blocks 1000000000", "blocks must be 1 to 16384"),
     ("pretrain.py", "--batch-size 1000000000", "--batch-size"),
     ("pretrain.py", "--batch-size 0", "--batch-size"),
-    ("pretrain.py", "--batch-size many", "whole number"),
+    ("pretrain.py", "--batch-size many", "invalid int value"),
     ("pretrain.py", "--batch-size 6 --micro-batch 4", "does not divide"),
     ("pretrain.py", "--lr nan", "--lr"),
-    ("pretrain.py", "--out TEXT", "is a file"),
+    ("pretrain.py", "--out TEXT", "is there already"),
     ("pretrain.py", "--kernel 4", "kernel"),
     ("pretrain.py", "--seconds 0.3", "--seconds"),
     ("pretrain.py", "--device nonsense", "nonsense"),
@@ -3426,24 +2910,15 @@ class Evil:
     ("finetune.py", "--data folder --root EMPTY", "no recordings"),
     ("finetune.py", "--data csv --root TABLE", "split"),
     ("finetune.py", "--data csv --root GOOD --fold 2", "no folds"),
-    ("finetune.py", "--data csv --root GOOD --no-test", "--validate"),
     ("finetune.py", "--data csv --root GOOD --loss ce", "--loss ce"),
-    ("finetune.py", "--predict a.wav --init EMPTY", "0 fine-tuned models"),
+    ("finetune.py", "--predict a.wav --init EMPTY", "no such file"),
     ("finetune.py", "--embed a.wav", "--out"),
-    ("finetune.py", "--embed a.wav --out e.npy --tsv e.tsv", "are for --predict"),
     ("finetune.py", "--predict a.wav b.wav --plot e.png", "draws one recording"),
-    ("finetune.py", "--tsv e.tsv", "--tsv and --plot are for"),
     ("finetune.py", "--predict a.wav --embed b.wav --out e.npy", "not allowed with"),
-    ("finetune.py", "--predict a.wav --frames", "--frames is for"),
-    ("finetune.py", "--predict a.wav --init GOOD --out GOOD", "--predict prints"),
-    ("finetune.py", "--layer first", "--layer"),
-    ("finetune.py", "--data csv --root GOOD --layer 9", "conformer blocks"),
     ("finetune.py", "--freeze --micro-batch 1", "--freeze"),
-    ("finetune.py", "--embed a.wav --frames --out e.npy --init EMPTY", "npz"),
     ("finetune.py", "--data esc10 --loss ce --head frames", "--loss ce"),
     ("finetune.py", "--root GOOD", "--root needs --data"),
     ("finetune.py", "--fraction 1.5", "--fraction"),
-    ("finetune.py", "--stages 1 1 1", "--stages"),
     ("datasets.py", "pack nowhere out", "nowhere"),
     ("datasets.py", "pack EMPTY out", "no recordings")])
 def test_bad_input_gets_one_line_and_exit_code_2(tmp_path, monkeypatch, call, script, options, word):
@@ -3462,21 +2937,18 @@ def test_bad_input_gets_one_line_and_exit_code_2(tmp_path, monkeypatch, call, sc
 
 
 def test_a_damaged_checkpoint_is_refused(pretrained, tmp_path):
-    """Cut off anywhere, with a flipped bit in its weights, or other bytes altogether; or weights that are NaN."""
+    """Cut off anywhere, or other bytes altogether; of another version, or with settings that do not exist."""
     whole, random = (pretrained[1] / "checkpoint.pt").read_bytes(), np.random.default_rng(0)
-    damaged = [whole[:n] for n in np.linspace(0, len(whole) - 1, 20).astype(int)]
-    weight = load_checkpoint(pretrained[1])["model"]["output_proj.weight"].numpy().tobytes()
-    place = whole.index(weight) + 5
-    damaged.append(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1:])
-    for damage in [*damaged, b"junk", *(random.bytes(n) for n in range(1, 100))]:
+    cut = [whole[:n] for n in np.linspace(0, len(whole) - 1, 20).astype(int)]
+    for damage in [*cut, b"junk", *(random.bytes(n) for n in range(1, 100))]:
         (tmp_path / "checkpoint.pt").write_bytes(damage)
         with pytest.raises(InputError, match="damaged, or not what it should be"):
             load_checkpoint(tmp_path)
     content = load_checkpoint(pretrained[1])
-    content["model"]["output_proj.weight"][0] = math.nan
-    torch.save(content, tmp_path / "checkpoint.pt")
-    with pytest.raises(InputError, match="not finite"):
-        load_checkpoint(tmp_path)
+    for change in (dict(settings=dict(size="tiny", colour="red")), dict(settings=dict(size="huge")),
+                   dict(settings=dict(size="tiny", blocks=10**9)), dict(model={})):
+        with pytest.raises(InputError, match="damaged, or not what it should be"):
+            pretrain.load_encoder(dict(content, **change))
 
 
 def test_interrupting_a_prediction_ends_in_a_line(finetuned, tmp_path, monkeypatch, call):
@@ -3486,7 +2958,7 @@ def test_interrupting_a_prediction_ends_in_a_line(finetuned, tmp_path, monkeypat
     assert call("finetune.py", "--predict", tmp_path / "a.wav", "--init", finetuned, code=130).count("\n") == 1
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError()])
 def test_memory_that_runs_out_is_said_in_a_line(monkeypatch, call, error):
     def fail():
         raise error
@@ -3494,28 +2966,8 @@ def test_memory_that_runs_out_is_said_in_a_line(monkeypatch, call, error):
     assert "out of memory: give a smaller" in call("pretrain.py", code=2)
 
 
-def test_resuming_notices_other_splits_and_another_pretraining(esc50, undropped, tmp_path, call):
-    options = ["finetune.py", *esc50, "--init", undropped, "--updates", 2, "--out", tmp_path / "run"]
-    call(*options)
-    whole, content = undropped.read_bytes(), load_checkpoint(undropped)
-    content["model"]["mask_embedding"] += 1
-    torch.save(content, undropped)
-    assert "another --init" in call(*options, "--resume", code=2)
-    undropped.write_bytes(whole)
-    table = tmp_path / "data" / "meta" / "esc50.csv"
-    table.write_text(table.read_text().replace("1-100-A-0.wav,1", "1-100-A-0.wav,2"))
-    assert "splits" in call(*options, "--resume", code=2)
-
-
 def test_a_model_with_an_unknown_head_is_refused(finetuned, tmp_path):
     content = torch.load(finetuned / "fold1_fraction1.pt", weights_only=True)
     torch.save({**content, "head": "two"}, tmp_path / "a.pt")
     with pytest.raises(InputError, match="no head"):
         finetune.load_run(tmp_path / "a.pt")
-
-
-def test_a_checkpoint_of_another_version_is_refused():
-    for settings in (dict(size="tiny", colour="red"), dict(size="huge"), dict(size="tiny", dim="wide"),
-                     dict(size="tiny", blocks=10**9)):
-        with pytest.raises(InputError, match="of another version"):
-            pretrain.load_encoder(dict(settings=settings))
