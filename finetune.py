@@ -175,10 +175,10 @@ def augment_batch(waveform, lengths, frontend, args, generator):
     part this process has; mixup's partners come from its own part.
     """
     B, versions = len(waveform), []
-    own_clips = slice(rank() * B, (rank() + 1) * B)
+    all_clips, own_clips = B * world_size(), slice(rank() * B, (rank() + 1) * B)
     for _ in range(2 if args.consistency else 1):
-        rand = torch.rand(B * world_size(), 4, generator=generator)[own_clips].to(waveform.device)
-        order = torch.randperm(B, generator=generator)
+        rand = torch.rand(all_clips, 4, generator=generator)[own_clips].to(waveform.device)
+        order = torch.randperm(all_clips, generator=generator)[own_clips].argsort().argsort()       # of the own clips
         version = augment.jitter(waveform, rand[:, 0]) if "jitter" in args.augment else waveform
         log_mel = frontend(version, lengths)
         padding = padding_mask(lengths, log_mel)
