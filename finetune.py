@@ -10,7 +10,7 @@ Several GPUs: `torchrun --nproc_per_node=8 finetune.py ...`. Then use the result
     python finetune.py --predict dog.wav rain.mp3 --init runs/finetune
     python finetune.py --embed dog.wav rain.mp3 --init runs/finetune --out embeddings.npy
     python finetune.py --predict dog.wav --init runs/finetune --plot dog.png
-The run's folder has a model for each fold and fraction, and a line of JSON for each in results.jsonl.
+The run's folder has the model, model.pt, and its score, result.json; with --fold all a folder for each fold.
 
 Shapes: B clips, S samples, T frames, L latents in time, D width, C classes. What heads call frames are the steps of
 80 ms that latents have.
@@ -195,104 +195,90 @@ def augment_batch(waveform, lengths, frontend, args, generator):
 
 
 def main():
-    """Train and test on each fraction and fold, or use a model. Raises InputError where it can't start or continue."""
+    """Train and test on one fold, or on each, or use a model. Raises InputError where it can't start or continue."""
     args = parse()
     if args.predict or args.embed:
         return run_inference(args)
-    device, out = init_distributed(args), Path(args.out)
+    device = init_distributed(args)
     init = load_checkpoint(args.init, "pretrain.py") if args.init else None
     data = load_labelled(args.data, args.root, args.workers)
-    if args.loss is None:       # the recipe leaves it to the labels; accuracy is the metric where each clip has one
-        args.loss = "ce" if data.metric == "accuracy" and args.head != "frames" else "bce"
-    jobs = plan(data, args)
-    checkpoint = resume(args, "finetune.py", data.digest())
-    results = out / "results.jsonl"
-    lines = list(map(json.loads, results.read_text().splitlines())) if checkpoint and results.exists() else []
-    say(f"on {device} x {world_size()}; " + (f"from {args.init}" if init else f"{args.size or 'tiny'} from scratch"))
-
-    for job, (name, fraction, fold, training, valid, test) in enumerate(jobs):
-        if job < len(lines):
-            continue                                            # it was done before the run was resumed
-        began = time.time()
-        model, frontend = build(args, training, init, device)
-        train(model, frontend, training, args, name, dict(job=job, data=data.digest()),
-              checkpoint if checkpoint and checkpoint["job"] == job else None)
-        save_checkpoint(out / f"{name}_fraction{fraction:g}.pt", model, frontend, settings=model.encoder.settings,
-                        classes=data.classes, head=args.head, freeze=args.freeze, script="finetune.py",
-                        args=vars(args))
-        score = evaluate(model, frontend, test, args)
-        score_valid = evaluate(model, frontend, valid, args) if len(valid) else None
-        lines.append(dict(fold=fold, fraction=fraction, metric=data.metric, score=score, valid=score_valid,
-                          train=training.fingerprint(), test=test.fingerprint(),
-                          minutes=round((time.time() - began) / 60, 2), args=vars(args)))
-        if rank() == 0:
-            write_whole(results, "".join(json.dumps(line) + "\n" for line in lines).encode())
-        epochs = args.updates * args.batch_size / len(training)
-        say(f"{name}: {data.metric} {score:.3f} on {len(test)} clips"
-            + (f", {score_valid:.3f} on {len(valid)} validation clips" if len(valid) else "")
-            + f", after {len(training)} clips x {epochs:.0f} epochs, {lines[-1]['minutes']:.1f} min\n"
-            f"    trained on {lines[-1]['train']}\n    scored on {lines[-1]['test']}")
-    if args.fold == "all":
-        for fraction in args.fraction:
-            scores = [line["score"] for line in lines if line["fraction"] == fraction]
-            say(f"fraction {fraction:g}: mean {data.metric} over {len(scores)} folds {np.mean(scores):.3f} "
-                f"(standard deviation {np.std(scores):.3f})")
-    say(f"done: {results}")
-    finish(args)
-
-
-def plan(data, args):
-    """What is trained one after the other: a list of (name, fraction, fold, training, validation and test set). The
-    fold is None for sets without.
-
-    Raises InputError for options that don't fit the data, and where the metric would have no answer.
-    """
-    if args.loss == "ce" and any(len(own) != 1 for own in data.labels):
-        raise InputError(f"--loss ce is for one label a clip; in {args.data} some have more or none: use bce")
     if data.metric == "accuracy" and len(data.classes) < 2:
         raise InputError(f"{args.data} has one class only, nothing to tell it from; is --root the folder above the "
                          "classes?")
-    folds = set(data.splits.tolist())
-    folds = sorted(folds, key=int) if all(fold.isdigit() for fold in folds) else [None]     # train, valid and test
-    chosen = {None: folds[:1], "all": folds}.get(args.fold, [args.fold])
-    if chosen[0] not in folds:
-        raise InputError(f"--fold {args.fold}: {args.data} has {folds if folds != [None] else 'no folds'}")
-    jobs = [(f"fold{fold}" if fold else "model", fraction, fold, *split(data, folds, fold, fraction, args))
-            for fraction in args.fraction for fold in chosen]
-    for *_, test in jobs:
-        measure(data.metric, torch.zeros(len(test), len(data.classes)), test.targets(range(len(test))))
-    return jobs
-
-
-def split(data, folds, fold, fraction, args):
-    """Training, validation and test set; see --fraction and --validate. fold: one of `folds`, None for sets without.
-
-    Raises InputError where there are too few folds or clips for that.
-    """
-    if fold is None:
-        training, valid, test = (np.flatnonzero(data.splits == name) for name in ("train", "valid", "test"))
+    if args.loss is None:       # the recipe leaves it to the labels; accuracy is the metric where each clip has one
+        args.loss = "ce" if data.metric == "accuracy" and args.head != "frames" else "bce"
+    if args.loss == "ce" and any(len(own) != 1 for own in data.labels):
+        raise InputError(f"--loss ce is for one label a clip; in {args.data} some have more or none: use bce")
+    say(f"on {device} x {world_size()}; " + (f"from {args.init}" if init else f"{args.size or 'tiny'} from scratch"))
+    folds = folds_of(data) if args.fold == "all" else []
+    scores = [run(args, data, fold, init, device, Path(args.out) / f"fold{fold}") for fold in folds]
+    if scores:
+        say(f"mean {data.metric} over {len(scores)} folds {np.mean(scores):.3f} (standard deviation "
+            f"{np.std(scores):.3f})")
     else:
-        training, valid, test = np.flatnonzero(data.splits != fold), [], np.flatnonzero(data.splits == fold)
-    if args.validate and len(valid) == 0:
-        if fold is None:
-            first = {}                                                          # clip of each group
-            for i in training:
-                first.setdefault(data.groups[i], i)
-            kept = data.subset(list(first.values())).fraction(0.9, args.seed)
-            held_out = np.isin(data.groups, list(first.keys() - set(kept.groups)))
-            valid = np.flatnonzero(held_out & (data.splits == "train"))
-        else:
-            following = folds[(folds.index(fold) + 1) % len(folds)]
-            valid = np.flatnonzero(data.splits == following)
-        training = training[~np.isin(data.groups[training], data.groups[valid])]
-    if len(training) == 0 or len(test) == 0 or args.validate and len(valid) == 0:
-        raise InputError(f"{args.data}: {f'fold {fold}' if fold else 'its splits'} give {len(training)} clips to train "
-                         f"on, {len(valid)} to validate and {len(test)} to test on: too few")
-    training = data.subset(training)
-    if fraction < 1:
-        training = training.fraction(fraction, args.seed)
+        run(args, data, args.fold, init, device, Path(args.out))
+    finish(args)
+
+
+def run(args, data, fold, init, device, out):
+    """One run, or the rest of it: train a model on all folds but `fold`, and test it on that. Returns its score."""
+    training, valid, test = split(data, fold, args)
+    measure(data.metric, torch.zeros(len(test), len(data.classes)), test.targets(range(len(test))))     # has an answer
+    checkpoint = resume(args, out, "finetune.py", data.digest())
+    if (out / "result.json").exists():
+        return json.loads((out / "result.json").read_text())["score"]
+    began = time.time()
+    model, frontend = build(args, training, init, device)
+    train(model, frontend, training, args, out, data.digest(), checkpoint)
+    save_checkpoint(out / "model.pt", model, frontend, settings=model.encoder.settings, classes=data.classes,
+                    head=args.head, freeze=args.freeze, script="finetune.py", args=vars(args))
+    score = evaluate(model, frontend, test, args)
+    score_valid = evaluate(model, frontend, valid, args) if len(valid) else None
+    minutes = (time.time() - began) / 60
+    result = dict(metric=data.metric, score=score, valid=score_valid, train=training.fingerprint(),
+                  test=test.fingerprint(), minutes=round(minutes, 2), args=vars(args))
+    say(f"{out}: {data.metric} {score:.3f} on {len(test)} clips"
+        + (f", {score_valid:.3f} on {len(valid)} validation clips" if len(valid) else "")
+        + f", after {len(training)} clips x {args.updates * args.batch_size / len(training):.0f} epochs, "
+        f"{minutes:.1f} min\n    trained on {result['train']}\n    scored on {result['test']}")
+    if rank() == 0:
+        write_whole(out / "result.json", json.dumps(result).encode())
+    return score
+
+
+def folds_of(data):
+    """The folds of a set, in order; [] where it has a training and a test set instead."""
+    splits = set(data.splits.tolist())
+    return sorted(splits, key=int) if all(split.isdigit() for split in splits) else []
+
+
+def split(data, fold, args):
+    """Training, validation and test set; see --fold, --fraction and --validate. Raises InputError for a fold that is
+    not there, and where there are too few clips."""
+    folds = folds_of(data)
+    if fold not in (None, *folds):
+        raise InputError(f"--fold {fold}: {args.data} has {', '.join(folds) or 'no folds; leave it out'}")
+    if folds:
+        fold = fold or folds[0]
+        following = folds[(folds.index(fold) + 1) % len(folds)]
+        test = data.splits == fold
+        valid = (data.splits == following) & args.validate & ~test
+        training = ~test & ~valid
+    else:
+        training, valid, test = (data.splits == name for name in ("train", "valid", "test"))
+        if args.validate and not valid.any():
+            of_group = {data.groups[i]: i for i in np.flatnonzero(training)[::-1]}      # the first clip of each
+            kept = data.subset(sorted(of_group.values())).fraction(0.9, args.seed)
+            valid = training & ~np.isin(data.groups, kept.groups)
+            training = training & ~valid
+    if not training.any() or not test.any() or args.validate and not valid.any():
+        raise InputError(f"{args.data}: there are {training.sum()} clips to train on, {valid.sum()} to validate and "
+                         f"{test.sum()} to test on: too few")
+    training, valid, test = (data.subset(np.flatnonzero(part)) for part in (training, valid, test))
+    if args.fraction < 1:
+        training = training.fraction(args.fraction, args.seed)
     training.seconds = args.seconds
-    return training, data.subset(valid), data.subset(test)
+    return training, valid, test
 
 
 def build(args, training, init, device):
@@ -310,9 +296,9 @@ def build(args, training, init, device):
     return model.to(device).train(), frontend.to(device)        # `train` also keeps a frozen encoder in evaluation mode
 
 
-def train(model, frontend, training, args, label, job, checkpoint):
-    """Fine-tune in place, from the beginning or from the checkpoint of this job; job: what its checkpoints say of it.
-    Raises InputError after MAX_CONSECUTIVE_SKIPS updates in a row that are not finite."""
+def train(model, frontend, training, args, out, data, checkpoint):
+    """Fine-tune in place, from the beginning or from a checkpoint. `data`, their digest, goes into checkpoints. Raises
+    InputError after MAX_CONSECUTIVE_SKIPS updates in a row that are not finite."""
     device, world = frontend.mean.device, world_size()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=args.weight_decay,
@@ -328,7 +314,7 @@ def train(model, frontend, training, args, label, job, checkpoint):
     micro_batch = args.micro_batch or local_batch
     loader = batches(training, args.batch_size, args.updates, args.seed, done, rank(), world, args.workers,
                      clips_by_class=training.clips_by_class() if args.balance else None)
-    bar = training_bar(args.updates, done, label)
+    bar = training_bar(args.updates, done, "fine-tune")
 
     # waveform (B, S) int16 and lengths (B,) in samples, on the CPU; numbers (B,) of the clips in the set.
     for update, (waveform, lengths, numbers) in enumerate(loader, done):
@@ -368,8 +354,8 @@ def train(model, frontend, training, args, label, job, checkpoint):
         bar.set_postfix_str(f"loss {figures['loss']:.3f}", refresh=False)
         bar.update()
         if stopping or done == args.updates or done % args.checkpoint_every == 0:
-            save_checkpoint(Path(args.out) / "checkpoint.pt", model, frontend, **job, update=done,
-                            optimizer=optimizer.state_dict(), script="finetune.py", args=vars(args))
+            save_checkpoint(out / "checkpoint.pt", model, frontend, update=done, optimizer=optimizer.state_dict(),
+                            data=data, script="finetune.py", args=vars(args))
         if stopping:
             finish(args, stopped=True)      # exits
     bar.close()
@@ -471,10 +457,8 @@ def load_run(run, device="cpu"):
     (Wav2Vec2, frontend, []), good for embeddings. Raises InputError where it is none of these.
     """
     path = Path(run)
-    models = sorted(path.glob("*_fraction*.pt"))
-    if len(models) > 1:
-        raise InputError(f"{run}: holds {len(models)} models; name one: {', '.join(map(str, models))}")
-    content = load_checkpoint(models[0] if models else path)
+    path = path / "model.pt" if (path / "model.pt").exists() else path
+    content = load_checkpoint(path)
     if content["script"] == "pretrain.py":
         model, frontend = load_encoder(content)
         return model.to(device).eval(), frontend.to(device), []
@@ -664,8 +648,8 @@ def parse(argv=None):
         "(train, valid, test or the number of a fold) and group (of clips that stay together) (%(default)s)")
     add("--root", help="where the set lies, in its official layout or packed; for csv the table")
     add("--fold", help="of sets with folds, the one to test on, or 'all', one after the other (1)")
-    add("--fraction", type=in_range(float, 1e-6, 1), nargs="+", default=[1.0], help="of the training clips, class by "
-        "class; several are tried one after the other (%(default)s)")
+    add("--fraction", type=in_range(float, 1e-6, 1), default=1.0, help="of the training clips, class by class "
+        "(%(default)s)")
     add("--balance", action=argparse.BooleanOptionalAction, help="draw all classes equally often (Sec. 4.1; audioset)")
     add("--seconds", type=in_range(float, 0.1, 3600), help="of longer clips, train on random crops (10; synth, folder, "
         "csv 5, esc10 3)")

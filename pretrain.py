@@ -63,7 +63,7 @@ def main():
     args = parse()
     device, world = init_distributed(args), world_size()
     source, held_out = open_unlabelled(args.data, args.seconds)
-    checkpoint = resume(args, "pretrain.py", source.digest())
+    checkpoint = resume(args, Path(args.out), "pretrain.py", source.digest())
     model, frontend = build(args, checkpoint, source, device)
     parameters = list(model.parameters())
     # Adam with decoupled weight decay, as in fairseq (Sec. 2.3).
@@ -298,27 +298,25 @@ def add_running_options(parser):
     add("--weight-decay", type=in_range(float, 0, 1e6), default=0.01, help="more regularises more (%(default)s)")
 
 
-def resume(args, script, data):
-    """The checkpoint in --out, from which --resume continues, or None where there is none yet; makes the folder. `data`
-    is the digest of the clips. Raises InputError for a run that --resume was not given for, for options that the run
-    was not started with, for other data, and where processes disagree on all that."""
-    out = Path(args.out)
+def resume(args, out, script, data):
+    """The checkpoint in a run's folder, from which --resume continues, or None where there is none yet; makes the
+    folder. `data` is the digest of the clips. Raises InputError for a run that --resume was not given for, for options
+    that the run was not started with, for other data, and where processes disagree on all that."""
     if out.exists() and not args.resume:
         raise InputError(f"{out} is there already: continue with --resume, or name another --out")
     checkpoint = load_checkpoint(out, script) if (out / "checkpoint.pt").exists() else None
-    if checkpoint:
-        for name, before in checkpoint["args"].items():
-            if name not in MAY_CHANGE and getattr(args, name) != before:
-                raise InputError(f"{out} was started with --{name.replace('_', '-')} {before}: give it again, or "
-                                 "name another --out")
-        if checkpoint["data"] != data:
-            raise InputError(f"{out} was started with other recordings, labels or splits, or in another order")
     if world_size() > 1:
         facts = [None] * world_size()
-        dist.all_gather_object(facts, (data, checkpoint and (checkpoint.get("job"), checkpoint["update"])))
+        dist.all_gather_object(facts, (data, checkpoint and checkpoint["update"]))
         if any(fact != facts[0] for fact in facts):
             raise InputError(f"{out}: not all processes find the same checkpoint there, or the same data: machines "
                              "must share --out, and have the same recordings")
+    for name, before in checkpoint["args"].items() if checkpoint else ():
+        if name not in MAY_CHANGE and getattr(args, name) != before:
+            raise InputError(f"{out} was started with --{name.replace('_', '-')} {before}: give it again, or name "
+                             "another --out")
+    if checkpoint and checkpoint["data"] != data:
+        raise InputError(f"{out} was started with other recordings, labels or splits, or in another order")
     out.mkdir(parents=True, exist_ok=True)          # now that all have looked
     return checkpoint
 

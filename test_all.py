@@ -849,7 +849,7 @@ def test_all_weights_of_a_head_are_trained(monkeypatch):
     data = labelled_set([(0,), (1,)] * 4)
     args = parse_finetune("--updates", "2", "--batch-size", "4", "--head", "mean")
     monkeypatch.setattr(finetune, "save_checkpoint", lambda *_, **content: None)
-    finetune.train(model, LogMel(), data, args, "model", {}, None)
+    finetune.train(model, LogMel(), data, args, Path(), "", None)
     assert (model.scale != 1).all() and model.linear.weight.grad is model.scale.grad is None
 
 
@@ -1660,7 +1660,7 @@ def test_each_data_set_is_trained_on_as_it_lies_on_disk(tmp_path, name, call):
         assert f"{name}: {expected.there} clips" in printed
         assert f"{expected.missing} missing, {expected.unreadable} skipped" in printed
         assert f"after {expected.trained_on} clips" in printed
-    one, two = (results(tmp_path / run)[0] for run in ("in memory", "from pack"))
+    one, two = (result(tmp_path / run) for run in ("in memory", "from pack"))
     assert all(one[key] == two[key] for key in ("score", "train", "test"))
 
 
@@ -1670,7 +1670,7 @@ def test_own_sets_get_cross_entropy_where_a_clip_has_one_label(tmp_path, name, r
     MINIATURES[name](tmp_path / "data")
     call("finetune.py", "--data", name, "--root", tmp_path / root, "--head", head, "--updates", 1, "--batch-size", 4,
          "--out", tmp_path / "run")
-    assert [line["args"]["loss"] for line in results(tmp_path / "run")] == [loss]
+    assert result(tmp_path / "run")["args"]["loss"] == loss
 
 
 def load_quietly(name, root):
@@ -1977,7 +1977,7 @@ def test_split_never_trains_on_what_it_tests():
         args = parse_finetune(*["--validate"] * validate)
         tested = []
         for fold in "12345":
-            training, valid, test = finetune.split(data, list("12345"), fold, 1.0, args)
+            training, valid, test = finetune.split(data, fold, args)
             assert not set(names(training)) & set(names(test)) and not set(names(valid)) & set(names(test))
             assert not set(names(training)) & set(names(valid)) and len(valid) == 8 * validate
             assert len(training) == 32 - len(valid) and set(test.splits) == {fold}
@@ -1988,20 +1988,20 @@ def test_split_never_trains_on_what_it_tests():
 
 def test_split_holds_out_a_tenth_where_there_are_no_folds():
     data = labelled_set([(0,), (1,)] * 20, splits=["train"] * 30 + ["test"] * 10)
-    training, valid, test = finetune.split(data, [None], None, 1.0, parse_finetune("--validate"))
+    training, valid, test = finetune.split(data, None, parse_finetune("--validate"))
     assert (len(training), len(valid), len(test)) == (28, 2, 10)
     assert set(training.splits) | set(valid.splits) == {"train"} and not set(names(training)) & set(names(valid))
     data = labelled_set([(0,), (1,)] * 20, splits=["train"] * 30 + ["valid"] * 4 + ["test"] * 6)
-    assert [len(part) for part in finetune.split(data, [None], None, 1.0, parse_finetune())] == [30, 4, 6]
+    assert [len(part) for part in finetune.split(data, None, parse_finetune())] == [30, 4, 6]
     few = labelled_set([(0,), (1,)] * 5, splits=["train"] * 8 + ["test"] * 2)
     with pytest.raises(InputError, match="too few"):                    # a tenth of four is none
-        finetune.split(few, [None], None, 1.0, parse_finetune("--validate"))
+        finetune.split(few, None, parse_finetune("--validate"))
 
 
 def test_validation_clips_share_no_group_with_training_clips():
     groups = [str(i // 6) for i in range(40)]
     data = labelled_set([(0,), (1,)] * 20, splits=["train"] * 30 + ["test"] * 10, groups=groups)
-    training, valid, _ = finetune.split(data, [None], None, 1.0, parse_finetune("--validate"))
+    training, valid, _ = finetune.split(data, None, parse_finetune("--validate"))
     assert len(valid) and len(training) and not set(training.groups) & set(valid.groups)
 
 
@@ -2009,7 +2009,7 @@ def test_a_tenth_of_the_groups_is_for_validation():
     """All clips of each: of 40 recordings cut into ten clips, with two classes."""
     data = labelled_set([(i // 10 % 2,) for i in range(400)], splits=["train"] * 399 + ["test"],
                         groups=[str(i // 10) for i in range(400)])
-    training, valid, _ = finetune.split(data, [None], None, 1.0, parse_finetune("--validate"))
+    training, valid, _ = finetune.split(data, None, parse_finetune("--validate"))
     assert len(valid) == 40 and len(set(valid.groups)) == 4 and len(training) + len(valid) == 399
 
 
@@ -2072,9 +2072,9 @@ def esc50(tmp_path):
     return ["--data", "esc50", "--root", tmp_path / "data", "--batch-size", 6]
 
 
-def results(run):
-    """The lines of results.jsonl."""
-    return [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+def result(run):
+    """The score of a run, and what belongs to it."""
+    return json.loads((run / "result.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -2131,7 +2131,7 @@ def test_results_tell_the_minutes(tmp_path, monkeypatch, call):
     monkeypatch.setattr(finetune, "time", clock(75.12))
     table = write_table(tmp_path, "1.wav,a,train", "2.wav,b,train", "3.wav,a,test")
     printed = call("finetune.py", "--data", "csv", "--root", table, "--updates", 1, "--out", tmp_path / "run")
-    assert [line["minutes"] for line in results(tmp_path / "run")] == [1.25] and "1.2 min" in printed      # 1.252
+    assert result(tmp_path / "run")["minutes"] == 1.25 and "1.3 min" in printed     # 1.252
 
 
 def test_held_out_loss_is_that_of_recordings_never_trained_on(pretrained, monkeypatch):
@@ -2159,7 +2159,7 @@ def content(path):
 
 def assert_same_run(one, other):
     """Two run folders hold the same weights, optimiser state and log, bit for bit."""
-    for name in ("log.jsonl", "results.jsonl"):
+    for name in ("log.jsonl", "result.json"):
         logs = [[{key: value for key, value in json.loads(line).items()
                   if key not in ("clips_per_second", "tflops", "minutes", "args")}
                  for line in (folder / name).read_text().splitlines()]
@@ -2247,14 +2247,14 @@ def test_a_killed_run_ends_as_if_it_had_not_been(pretrained, tmp_path, monkeypat
 
 
 def test_killed_fine_tuning_ends_as_if_it_had_not_been(pretrained, esc50, tmp_path, monkeypatch, call):
-    options = [*esc50, "--init", pretrained[1], "--fold", "all", "--fraction", 1, 0.5, "--updates", 5,
+    options = [*esc50, "--init", pretrained[1], "--fold", "all", "--fraction", 0.5, "--updates", 5,
                "--checkpoint-every", 3, "--validate"]
     call("finetune.py", *options, "--out", tmp_path / "whole")
     schedule, seen = finetune.three_stage_lr, []
 
     def killed(update, *rest):
         seen.append(update)
-        if len(seen) in (4, 5, 12, 31):                         # in four of the ten jobs
+        if len(seen) in (4, 5, 12, 21):                         # in several of the five folds
             raise Killed
         return schedule(update, *rest)
     monkeypatch.setattr(finetune, "three_stage_lr", killed)
@@ -2262,7 +2262,8 @@ def test_killed_fine_tuning_ends_as_if_it_had_not_been(pretrained, esc50, tmp_pa
         with pytest.raises(Killed):
             call("finetune.py", *options, "--out", tmp_path / "killed", "--resume")
     call("finetune.py", *options, "--out", tmp_path / "killed", "--resume")
-    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    for fold in range(1, 6):
+        assert_same_run(tmp_path / "whole" / f"fold{fold}", tmp_path / "killed" / f"fold{fold}")
 
 
 def test_a_run_killed_while_it_writes_a_file_keeps_the_one_before(pretrained, tmp_path, monkeypatch, call):
@@ -2359,11 +2360,11 @@ def test_a_run_is_not_overwritten_nor_changed(pretrained, finetuned, tmp_path, c
         assert word in call("pretrain.py", *options, "--out", folder, "--resume", *change, code=2)
     shutil.copytree(folder, tmp_path / "moved")                 # a run that was moved goes on where it is
     call("pretrain.py", *options, "--out", tmp_path / "moved", "--resume")
-    args = results(finetuned)[0]["args"]
+    args = result(finetuned)["args"]
     options = ["--data", "esc50", "--root", args["root"], "--init", args["init"], "--head", "frames", "--batch-size", 6,
                "--lr", 3e-3, "--augment", "--consistency", 0, "--out", finetuned, "--resume"]
     assert "--updates 20" in call("finetune.py", *options, "--updates", 40, code=2)
-    assert "done" in call("finetune.py", *options, "--updates", 20)
+    call("finetune.py", *options, "--updates", 20)
     table = Path(args["root"]) / "meta" / "esc50.csv"
     whole = table.read_text()
     table.write_text(whole.replace("1-100-A-0.wav,1", "1-100-A-0.wav,2"))
@@ -2484,22 +2485,21 @@ def test_soak_compiled_training_is_the_same(pretrained, tmp_path):
     torch.testing.assert_close(gradients(tmp_path / "compiled"), gradients(tmp_path / "eager"), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("there, codes", [(("data", 1), [0, 0]), (("other", 1), [2, 2]), (("data", 0), [2, 2])])
-def test_processes_that_found_another_checkpoint_or_other_data_are_refused(pretrained, tmp_path, there, codes):
+@pytest.mark.parametrize("digest, updates, code", [("same", 6, 0), ("other", 6, 2), ("same", None, 2)])
+def test_processes_that_found_another_checkpoint_or_other_data_are_refused(pretrained, tmp_path, digest, updates, code):
     """Machines that do not share --out: one would train the fold that another tests."""
-    data, has_checkpoint = there
+    args = pretrain.parse([*map(str, pretrained[0]), "--resume"])
     for number in range(2):
-        if has_checkpoint or number == 0:
-            shutil.copytree(pretrained[1], tmp_path / str(number))
-    args = pretrain.parse(list(map(str, pretrained[0])))
+        (tmp_path / str(number)).mkdir()
+        if updates or number == 0:
+            torch.save(dict(update=6, script="pretrain.py", args={}, data="same"), tmp_path / str(number) / "checkpoint.pt")
 
     def start(rank):
         os.environ.update(RANK=str(rank), WORLD_SIZE="2")
         torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=rank, world_size=2)
-        args.out, args.resume = str(tmp_path / str(rank)), True
-        digest = load_checkpoint(pretrained[1])["data"]
-        datasets.run_script(lambda: pretrain.resume(args, "pretrain.py", digest if data == "data" or rank == 0 else ""))
-    assert fork(start, 2) == codes if data == "data" else 2 in fork(start, 2)
+        datasets.run_script(lambda: pretrain.resume(args, tmp_path / str(rank), "pretrain.py", digest if rank else "same")
+                            and torch.distributed.barrier())
+    assert fork(start, 2) == [code] * 2
 
 
 def test_requirements_are_what_the_modules_import():
@@ -2512,9 +2512,9 @@ def test_requirements_are_what_the_modules_import():
 
 def test_folds_are_in_the_order_of_their_numbers():
     data = labelled_set([(0,), (1,)] * 24, splits=[str(i % 12 + 1) for i in range(48)])
-    jobs = finetune.plan(data, parse_finetune("--fold", "all", "--validate"))
-    assert [fold for _, _, fold, *_ in jobs] == [str(i) for i in range(1, 13)]
-    assert {fold: set(valid.splits) for _, _, fold, _, valid, _ in jobs}["9"] == {"10"}
+    assert finetune.folds_of(data) == [str(i) for i in range(1, 13)]
+    assert set(finetune.split(data, "9", parse_finetune("--validate"))[1].splits) == {"10"}
+    assert finetune.folds_of(labelled_set([(0,)], splits=["train"])) == []
 
 
 @pytest.mark.parametrize("side, counts", [("train", "2 clips to train on, 0 to validate and 0 to test on"),
@@ -2522,7 +2522,7 @@ def test_folds_are_in_the_order_of_their_numbers():
 def test_a_set_with_one_side_only_is_refused(side, counts):
     data = labelled_set([(0,), (1,)], splits=[side] * 2)
     with pytest.raises(InputError, match=counts):
-        finetune.plan(data, parse_finetune())
+        finetune.split(data, None, parse_finetune())
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
@@ -2569,11 +2569,11 @@ def test_two_processes_fine_tune_as_one(tmp_path, esc50, undropped, call):
     call("finetune.py", *options, "--out", tmp_path / "run1")
     assert run_forked("finetune.py", *options, "--out", tmp_path / "run2", processes=2) == [0, 0]
     before = load_checkpoint(undropped)["model"]
-    one, two = (torch.cat([(load_checkpoint(tmp_path / f"run{n}" / "fold1_fraction1.pt")["model"][f"encoder.{name}"]
+    one, two = (torch.cat([(load_checkpoint(tmp_path / f"run{n}" / "model.pt")["model"][f"encoder.{name}"]
                             - weight).flatten() for name, weight in before.items()]) for n in (1, 2))
     assert torch.cosine_similarity(one, two, dim=0) > 0.999 and one.norm() > 0.05
     torch.testing.assert_close(one.norm(), two.norm(), rtol=1e-3, atol=0)
-    (one,), (two,) = (results(tmp_path / f"run{n}") for n in (1, 2))
+    one, two = (result(tmp_path / f"run{n}") for n in (1, 2))
     assert one["score"] == two["score"] and one["test"] == two["test"] and one["test"].startswith("6 clips")
 
 
@@ -2613,24 +2613,24 @@ def test_no_tensor_is_made_on_the_wrong_device(padded, monkeypatch):
 
 
 def test_fine_tuning_over_folds_from_a_checkpoint(pretrained, esc50, tmp_path, call):
-    for options in (["--loss", "ce"], ["--freeze", "--head", "frames", "--augment", "--consistency", 0]):
-        out = tmp_path / f"run{len(options)}"
-        printed = call("finetune.py", *esc50, "--init", pretrained[1], "--fold", "all", "--fraction", 1, 0.5,
-                       "--updates", 3, "--out", out, *options)
-        assert printed.count("mean accuracy over 5 folds") == 2
-        lines = results(out)
-        assert [line["fold"] for line in lines] == list("12345") * 2
-        assert [int(line["train"].split()[0]) for line in lines] == [24] * 5 + [12] * 5
+    for number, options in enumerate((["--loss", "ce"], ["--freeze", "--head", "frames", "--consistency", 0])):
+        out = tmp_path / f"run{number}"
+        printed = call("finetune.py", *esc50, "--init", pretrained[1], "--fold", "all", "--fraction", 0.5, "--updates", 3,
+                       "--validate", "--out", out, *options)
+        assert printed.count("mean accuracy over 5 folds") == 1 and printed.count("on 6 validation clips") == 5
+        found = [result(out / f"fold{fold}") for fold in range(1, 6)]
+        assert [int(one["train"].split()[0]) for one in found] == [9] * 5 and found[0]["args"]["loss"] == (
+            "bce" if number else "ce")
     before = load_checkpoint(pretrained[1])
-    after = torch.load(tmp_path / "run6" / "fold5_fraction0.5.pt", weights_only=True)
+    after = torch.load(out / "fold5" / "model.pt", weights_only=True)
     assert torch.equal(after["frontend"]["mean"], before["frontend"]["mean"])
     assert all(torch.equal(x, after["model"][f"encoder.{name}"]) for name, x in before["model"].items())    # frozen
-    assert lines[0]["args"]["lr"] == finetune.FREEZE_LR
+    assert found[0]["args"]["lr"] == finetune.FREEZE_LR
 
 
 def test_fine_tuning_learns_tones(esc50, tmp_path, call):
     call("finetune.py", *esc50, "--updates", 40, "--lr", 3e-3, "--out", tmp_path / "run")
-    assert results(tmp_path / "run")[0]["score"] >= 4 / 6       # chance: 2 / 6
+    assert result(tmp_path / "run")["score"] >= 4 / 6       # chance: 2 / 6
 
 
 def test_balance_draws_by_class(tmp_path, esc50, undropped, monkeypatch, call):
@@ -2696,8 +2696,8 @@ def test_what_was_trained_is_saved_before_it_is_tested(tmp_path, monkeypatch, ca
         call(*options, code=2)
     assert finetune.load_run(tmp_path / "run")[2] == ["a", "b"]
     steps = spy(monkeypatch, finetune, "compute_loss")
-    assert "done" in call(*options, "--resume") and not steps
-    assert len(results(tmp_path / "run")) == 1
+    call(*options, "--resume")
+    assert not steps and "score" in result(tmp_path / "run")
 
 
 def test_what_can_not_be_measured_is_found_before_the_first_update(tmp_path, monkeypatch, call):
@@ -2728,7 +2728,7 @@ def test_predict_says_what_the_model_says(finetuned, tmp_path, call):
         heard[round(onset / 0.08):round(offset / 0.08), classes.index(name)] = True
     assert torch.equal(heard, frames[0].sigmoid() > 0.3) and heard.any()
     assert len(short["probabilities"]) == 3 and max(offset for _, offset, _ in long["events"]) > 125
-    one = finetuned / "fold1_fraction1.pt"
+    one = finetuned / "model.pt"
     printed = call("finetune.py", "--predict", sounds[1], "--init", one, "--threshold", 0.3)
     values, names = zip(*(line.split(maxsplit=1) for line in printed.splitlines()[1:4]), strict=True)
     assert list(names) == list(middle["probabilities"])         # the most probable first
@@ -2967,7 +2967,7 @@ def test_memory_that_runs_out_is_said_in_a_line(monkeypatch, call, error):
 
 
 def test_a_model_with_an_unknown_head_is_refused(finetuned, tmp_path):
-    content = torch.load(finetuned / "fold1_fraction1.pt", weights_only=True)
+    content = torch.load(finetuned / "model.pt", weights_only=True)
     torch.save({**content, "head": "two"}, tmp_path / "a.pt")
     with pytest.raises(InputError, match="no head"):
         finetune.load_run(tmp_path / "a.pt")
