@@ -24,7 +24,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -35,8 +34,8 @@ from conformer import BatchNorm
 from datasets import (READERS, InputError, Parser, batches, collate, derive_seed, find_device, in_range,
                       load_labelled, progress, rank, read_audio, reading, run_script, say, world_size, write_whole)
 from frontend import HOP, MELS, SAMPLE_RATE, LogMel, frame_count, padding_mask
-from pretrain import (MAX_CONSECUTIVE_SKIPS, SIGNALS, add_running_options, all_reduce, autocast, compile_blocks,
-                      fetch, finish, init_distributed, load_checkpoint, load_encoder, resume, save_checkpoint,
+from pretrain import (SIGNALS, add_running_options, all_reduce, autocast, compile_blocks, fetch, finish,
+                      init_distributed, load_checkpoint, load_encoder, resume, save_checkpoint, step_if_finite,
                       training_bar)
 from wav2vec2 import SIZES, Wav2Vec2
 
@@ -80,31 +79,22 @@ class Classifier(nn.Module):
 
     head "frames" is AudioSet's: a linear layer at each step, then linear softmax pooling. head "mean" is that of
     all other tasks: embeddings averaged over time, then a linear layer. head "stats", not the paper's, sees their
-    standard deviation over time too (Snyder et al. 2017), which with few labels is worth much. With `freeze` the
-    encoder stays as it is. Then, and for "stats", the linear layer gets its input standardised, as in MAE's linear
-    probe (He et al. 2022).
+    standard deviation over time too (Snyder et al. 2017), which with few labels is worth much; its linear layer gets
+    its input standardised over the batch, as in MAE's linear probe (He et al. 2022).
     """
 
-    def __init__(self, encoder, classes, head="mean", dropout=0.1, freeze=False):
+    def __init__(self, encoder, classes, head="mean", dropout=0.1):
         super().__init__()
         if head not in (*POOLINGS, "frames"):
             raise ValueError(f"no head '{head}'")
-        self.encoder, self.head, self.freeze = encoder, head, freeze
+        self.encoder, self.head = encoder, head
         self.single_label = False       # `load_run` sets it for what --loss ce trained: softmax, not sigmoids
-        encoder.requires_grad_(not freeze)
         encoder.output_proj.requires_grad_(False)       # only pre-training needs these two, and
         encoder.mask_embedding.requires_grad_(False)    # DDP refuses unused parameters
         dim = encoder.settings["dim"] * (1 if head == "frames" else POOLINGS[head][1])
-        self.standardise = BatchNorm(dim, affine=False) if freeze or head == "stats" else None
+        self.standardise = BatchNorm(dim, affine=False) if head == "stats" else None
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(dim, classes)
-
-    def train(self, mode=True):
-        """Training mode, or evaluation mode; a frozen encoder stays in the latter, without dropout."""
-        super().train(mode)
-        if self.freeze:
-            self.encoder.eval()
-        return self
 
     def frame_logits(self, x, padding_mask=None):
         """Embeddings (B, L, D), padding_mask (B, L) or None -> logits (B, L, C)."""
@@ -231,7 +221,7 @@ def run(args, data, fold, init, device, out):
     model, frontend = build(args, training, init, device)
     train(model, frontend, training, args, out, data.digest(), checkpoint)
     save_checkpoint(out / "model.pt", model, frontend, settings=model.encoder.settings, classes=data.classes,
-                    head=args.head, freeze=args.freeze, script="finetune.py", args=vars(args))
+                    head=args.head, script="finetune.py", args=vars(args))
     score = evaluate(model, frontend, test, args)
     score_valid = evaluate(model, frontend, valid, args) if len(valid) else None
     minutes = (time.time() - began) / 60
@@ -290,20 +280,20 @@ def build(args, training, init, device):
         encoder, frontend = Wav2Vec2(args.size or "tiny"), LogMel()
         some = np.linspace(0, len(training) - 1, min(len(training), 512)).astype(int)
         frontend.fit_normalization(collate([(training.waveform(i), 0)])[:2] for i in some)
-    model = Classifier(encoder, len(training.classes), args.head, args.head_dropout, args.freeze)
+    model = Classifier(encoder, len(training.classes), args.head, args.head_dropout)
     if args.compile:
         compile_blocks(encoder)
-    return model.to(device).train(), frontend.to(device)        # `train` also keeps a frozen encoder in evaluation mode
+    return model.to(device).train(), frontend.to(device)
 
 
 def train(model, frontend, training, args, out, data, checkpoint):
     """Fine-tune in place, from the beginning or from a checkpoint. `data`, their digest, goes into checkpoints. Raises
-    InputError after MAX_CONSECUTIVE_SKIPS updates in a row that are not finite."""
+    InputError as `step_if_finite`."""
     device, world = frontend.mean.device, world_size()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=args.weight_decay,
                                   fused=device.type != "mps")
-    done, skips_in_a_row = 0, 0
+    done, skips = 0, 0              # updates; the latest of these that were left out
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         frontend.load_state_dict(checkpoint["frontend"])
@@ -340,16 +330,7 @@ def train(model, frontend, training, args, out, data, checkpoint):
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)                              # pretrain.py's default
         figures = fetch(dict(sums, norm=norm))                                              # waits for the device, once
 
-        if all(map(math.isfinite, figures.values())):
-            optimizer.step()
-            skips_in_a_row = 0
-        else:
-            skips_in_a_row += 1
-        optimizer.zero_grad()
-        if skips_in_a_row == MAX_CONSECUTIVE_SKIPS:
-            raise InputError(f"loss or gradient not finite in {skips_in_a_row} updates in a row, now at {update + 1} "
-                             f"with {training.clips[numbers[0]].name}, ...: lower --lr")
-
+        skips = step_if_finite(optimizer, figures, skips, training.clips[numbers[0]])
         done, stopping = update + 1, figures["signals"] > 0
         bar.set_postfix_str(f"loss {figures['loss']:.3f}", refresh=False)
         bar.update()
@@ -384,35 +365,30 @@ def evaluate(model, frontend, data, args):
 
 @torch.no_grad()
 def compute_logits(model, frontend, data, args, batch_seconds=320):
-    """Logits (N, C) for all clips of a labelled set, each whole; of all processes together.
+    """Logits (N, C) for all clips of a labelled set, each whole. (Of several processes each hears all of them, which is
+    a matter of seconds; the first one's score counts.)
 
-    Clips of similar length go together, so that little is padded, and fewer of the longer ones. No clip is scored
-    twice. Raises InputError for logits that are not finite.
+    Clips of similar length go together, so that little is padded, and fewer of the longer ones. Raises InputError for
+    logits that are not finite.
     """
     model.eval()
-    if world_size() > 1:        # BatchNorm's averages are of a process's own clips: those of the first are saved
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
-    device, logits = frontend.mean.device, torch.zeros(len(data), len(data.classes))
-    longest_first = sorted(range(len(data)), key=lambda i: -data.clips[i].samples)
-    own = longest_first[rank()::world_size()]
-    bar = progress(None, "evaluate", total=len(own))
-    while own:
-        seconds = data.clips[own[0]].samples / SAMPLE_RATE
-        count = max(1, min(256, int(batch_seconds / seconds)))
-        waveform, lengths, numbers = collate([(data.waveform(i), i) for i in own[:count]])
+    device = frontend.mean.device
+    logits = torch.zeros(len(data), len(data.classes))
+    clips = sorted(range(len(data)), key=lambda i: -data.clips[i].samples)
+    bar = progress(None, "evaluate", total=len(data))
+    while clips:
+        longest = data.clips[clips[0]].samples / SAMPLE_RATE
+        count = max(1, min(256, int(batch_seconds / longest)))
+        waveform, lengths, numbers = collate([(data.waveform(i), i) for i in clips[:count]])
         log_mel = frontend(waveform.to(device), lengths)
         with autocast(device, args.dtype), torch.compiler.set_stance("force_eager"):        # so many shapes
             logits[numbers] = model(log_mel, padding_mask(lengths, log_mel)).float().cpu()
-        own = own[count:]
+        clips = clips[count:]
         bar.update(count)
     bar.close()
-    if world_size() > 1:        # each clip is 0 everywhere but in one process
-        logits = logits.to(device)
-        dist.all_reduce(logits)
     if not logits.isfinite().all():
         raise InputError("the model's predictions are not finite: lower --lr")
-    return logits.cpu()
+    return logits
 
 
 # -------------------------------------------------------------------------------------------------------- using a model
@@ -465,7 +441,7 @@ def load_run(run, device="cpu"):
     with reading(path, "name the run's folder, or a model in it"):
         classes, frontend = content["classes"], LogMel()
         encoder = Wav2Vec2(**content["settings"])
-        model = Classifier(encoder, len(classes), content["head"], 0.0, content["freeze"])
+        model = Classifier(encoder, len(classes), content["head"], 0.0)
         model.load_state_dict(content["model"])
         frontend.load_state_dict(content["frontend"])
         model.single_label = content["args"]["loss"] == "ce"
@@ -618,7 +594,6 @@ RECIPES = {
     "magnatagatune": dict(updates=10_000, batch_size=64, lr=3e-4, head_dropout=0.3),
     "kinetics700": dict(updates=60_000, batch_size=256, lr=3e-4),
 }
-FREEZE_LR = 1e-2        # a linear layer on standardised embeddings takes a larger learning rate
 
 
 def parse(argv=None):
@@ -661,7 +636,6 @@ def parse(argv=None):
     add("--head", choices=[*POOLINGS, "frames"], help="average the embeddings, then a linear layer; 'stats': "
         "average and deviation, better with few labels; 'frames': probabilities at each step, then linear softmax "
         "pooling, which also tells when (mean; audioset frames; synth, esc10, folder, csv stats)")
-    add("--freeze", action="store_true", help="train the head only, on standardised embeddings (linear probe)")
     add("--head-dropout", type=in_range(float, 0, 0.99), help="more works against overfitting (by data set, "
         "0.1 to 0.3)")
 
@@ -669,8 +643,7 @@ def parse(argv=None):
     add("--updates", type=in_range(int, 1, 10**9), help="(esc10 400, synth, folder, csv 1000, ..., audioset 60000)")
     add("--batch-size", type=in_range(int, 1, 10**6), help="clips in an update, over all processes (by data set, "
         "16 to 640)")
-    add("--lr", type=in_range(float, 1e-12, 1e6), help="peak learning rate (by data set, 3e-4 to 1e-3; frozen "
-        "1e-2)")
+    add("--lr", type=in_range(float, 1e-12, 1e6), help="peak learning rate (by data set, 3e-4 to 1e-3)")
     add("--loss", choices=["bce", "ce"], help="binary cross-entropy or, for one label a clip, cross-entropy (bce; "
         "esc10, folder, csv ce where each clip has one and --head is not frames)")
     add("--augment", nargs="*", choices=["jitter", "time_mask", "mixup"], metavar="NAME", help="those of jitter, "
@@ -684,16 +657,14 @@ def parse(argv=None):
         args.init = args.init or "runs/finetune"
         return args
     args.out = args.out or ("runs/finetune" if args.init else "runs/scratch")
-    recipe = {**DEFAULTS, **RECIPES[args.data], **({"lr": FREEZE_LR} if args.freeze else {})}
-    for name, value in recipe.items():
+    for name, value in {**DEFAULTS, **RECIPES[args.data]}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.loss == "ce" and args.head == "frames":
         parser.error("--loss ce is for --head mean or stats: it leaves frame probabilities without a scale")
-    standardised = args.head == "stats" or args.freeze and args.head == "mean"
-    if standardised and 1 in (args.batch_size // world_size(), args.micro_batch):
-        parser.error("--freeze and --head stats standardise over a batch, which needs two clips at least: raise "
-                     "--batch-size or --micro-batch, or use --head mean without --freeze")
+    if args.head == "stats" and 1 in (args.batch_size // world_size(), args.micro_batch):
+        parser.error("--head stats standardises over a batch, which needs two clips at least: raise --batch-size or "
+                     "--micro-batch, or use --head mean")
     if args.data == "synth" and args.root:
         parser.error("--root needs --data, the kind of set that lies there")
     if args.size and args.init:

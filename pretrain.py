@@ -44,7 +44,6 @@ LONG = dict(updates=300_000, warmup=10_000, lr=3e-4, batch_size=256, seconds=10.
 SCHEDULES = dict(tiny=dict(updates=400, warmup=40, lr=1e-3, batch_size=32, seconds=5.0, checkpoint_every=500),
                  small=LONG, large=LONG)
 SETTINGS = {**SIZES["tiny"], **COMMON}      # a model's settings: names and types are the same in every size
-MAX_CONSECUTIVE_SKIPS = 10                  # updates in a row that may be skipped because they are not finite
 
 
 # ------------------------------------------------------------------------------------------------ pre-training
@@ -69,7 +68,7 @@ def main():
     # Adam with decoupled weight decay, as in fairseq (Sec. 2.3).
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=args.weight_decay,
                                   fused=device.type != "mps")
-    done, skipped, skips_in_a_row = 0, 0, 0         # updates; of these skipped; of these the latest in a row
+    done, skipped, skips = 0, 0, 0                  # updates; of these left out; of these the latest in a row
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         done, skipped = checkpoint["update"], checkpoint["skipped"]
@@ -113,17 +112,11 @@ def main():
         sums["gradient_norm"] = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         sums = fetch(sums)                                                              # waits for the device, once
 
-        if all(map(math.isfinite, sums.values())):
-            optimizer.step()
+        skips = step_if_finite(optimizer, sums, skips, source.clips[numbers[0]])
+        if skips == 0:
             since_log.update(sums, updates=1)
-            skips_in_a_row = 0
         else:
             skipped += 1
-            skips_in_a_row += 1
-        optimizer.zero_grad()
-        if skips_in_a_row == MAX_CONSECUTIVE_SKIPS:
-            raise InputError(f"loss or gradient not finite in {skips_in_a_row} updates in a row, now at {update + 1} "
-                             f"with {source.clips[numbers[0]].name}, ...: lower --lr, or look at the recordings")
 
         done, stopping = update + 1, sums["signals"] > 0
         checkpoint_due = done % args.checkpoint_every == 0 or done == args.updates
@@ -398,6 +391,19 @@ def load_encoder(checkpoint):
         model.load_state_dict(checkpoint["model"])
         frontend.load_state_dict(checkpoint["frontend"])
     return model, frontend
+
+
+def step_if_finite(optimizer, figures, skips, clip):
+    """A step of the optimiser, left out where a figure of the update is not finite. Returns how many updates in a row
+    were left out, `skips` before this one. Raises InputError after ten, naming a clip of the batch."""
+    finite = all(map(math.isfinite, figures.values()))
+    if finite:
+        optimizer.step()
+    optimizer.zero_grad()
+    if not finite and skips == 9:
+        raise InputError(f"loss or gradient not finite in ten updates in a row, now with {clip.name}, ...: lower --lr, "
+                         "or look at the recordings")
+    return 0 if finite else skips + 1
 
 
 def all_reduce(sums):
