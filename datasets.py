@@ -16,6 +16,7 @@ import functools
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -173,7 +174,8 @@ def open_audio(path):
             content = bytearray(Path(path).read_bytes())
             content[4:8] = bytes([8, 0, 0, 0])                          # a sign for that which libsndfile knows
             file = soundfile.SoundFile(io.BytesIO(content))
-        if file.subtype.startswith("MPEG_LAYER") and not any(name in start for name in (b"Xing", b"Info", b"VBRI")):
+        tells_length = b"Xing" in start or b"Info" in start or b"VBRI" in start
+        if file.subtype.startswith("MPEG_LAYER") and not tells_length:
             return soundfile.SoundFile(Endless(path, "rb")), None
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
@@ -191,26 +193,30 @@ def decode(path):
     """What decodes of a recording, channels averaged: (float32 (S,), its rate, a note where that is less than its
     header promises). Raises InputError where that is nothing, and for what is no audio."""
     file, promised = open_audio(path)
-    rate, blocks, damage = file.samplerate, [], None
+    rate = file.samplerate
     if not 1000 <= rate <= 768_000:
         raise InputError(f"{path}: a sample rate of {rate} Hz can't be right")
-    file.seekable = lambda: False       # else soundfile seeks after each read, which costs an MP3's decoder some bits
-    with file:
-        try:
-            while len(block := file.read(rate // 10, "float32", always_2d=True)):
-                blocks.append(block.mean(axis=1))
-                if len(blocks) > LONGEST * 36_000:
-                    raise InputError(f"{path}: is longer than {LONGEST} hours; cut it into parts")
-        except soundfile.LibsndfileError as error:
-            damage = error.error_string
-        samples = sum(map(len, blocks))
-        if samples == 0:
-            raise InputError(f"{path}: no sound in it ({damage or '0 samples'})")
-        cut = promised and promised - samples > max(promised / 100, rate / 10)
-        if damage or cut or file.format == "OGG" and not has_end_mark(path):
-            of = f" of {promised / rate:.1f}" if cut else ""
-            return np.concatenate(blocks), rate, f"ends after {samples / rate:.1f}{of} s"
-    return np.concatenate(blocks), rate, ""
+    # Else soundfile seeks after each read, and an MP3's decoder loses bits that were kept in the frames before.
+    file.seekable = lambda: False
+    blocks = []             # of a tenth of a second: one that is damaged is lost, and all behind it
+    damage = ""
+    try:
+        while len(block := file.read(rate // 10, "float32", always_2d=True)):
+            blocks.append(block.mean(axis=1))
+            if len(blocks) > LONGEST * 36_000:
+                raise InputError(f"{path}: is longer than {LONGEST} hours; cut it into parts")
+    except soundfile.LibsndfileError as error:
+        damage = error.error_string
+    samples = sum(len(block) for block in blocks)
+    if samples == 0:
+        raise InputError(f"{path}: no sound in it ({damage or '0 samples'})")
+    note = ""
+    if promised and promised - samples > max(promised / 100, rate / 10):
+        note = f"ends after {samples / rate:.1f} of {promised / rate:.1f} s"
+    elif damage or file.format == "OGG" and not has_end_mark(path):
+        note = f"ends after {samples / rate:.1f} s"
+    file.close()
+    return np.concatenate(blocks), rate, note
 
 
 def has_end_mark(path):
@@ -255,20 +261,20 @@ def read_clips(clips, skipped, unique, workers=None):
     With `unique`, a sound that is there twice is used once. Raises InputError where the two differ in what is said of
     them; without `unique`, where the same file is in two splits.
     """
-    seen = {}
     paths = [clip.path for clip in clips]
-    size = sum(os.path.getsize(path) for path in paths if os.path.exists(path))
+    megabytes = sum(os.path.getsize(path) for path in paths if os.path.exists(path)) // 2**20
     workers = cores() if workers is None else workers
-    loader = torch.utils.data.DataLoader(
-        paths, batch_size=None, collate_fn=try_to_read, worker_init_fn=init_worker,
-        num_workers=min(workers, len(paths), size // 2**22))            # for a few megabytes none is worth its start
+    workers = min(workers, len(paths), megabytes // 4)          # for a few megabytes none is worth its start
+    loader = torch.utils.data.DataLoader(paths, batch_size=None, collate_fn=try_to_read, num_workers=workers,
+                                         worker_init_fn=init_worker)
+    first = {}                                                  # clip of each sound
     for clip, (waveform, note) in zip(clips, progress(loader, "decode", unit=" files"), strict=True):
         if waveform is None:
             skipped.append(f"{clip.name}: {note}")
             continue
-        other = seen.setdefault(hashlib.sha256(waveform).digest() if unique else clip.path, clip)
-        same = (other.labels, other.split, other.group) == (clip.labels, clip.split, clip.group)
-        if not same:
+        sound = hashlib.sha256(waveform).digest() if unique else clip.path
+        other = first.setdefault(sound, clip)
+        if (other.labels, other.split, other.group) != (clip.labels, clip.split, clip.group):
             raise InputError(f"{other.name} and {clip.name} are the same sound, but not of the same split, labels and "
                              "group: keep one of them")
         if other is not clip and unique:
@@ -297,10 +303,13 @@ def walk(folder):
 def audio_files(folder):
     """All recordings below a folder, sorted. Says how many files have other endings. Raises InputError where there are
     no recordings."""
-    files = walk(folder)
-    recordings = [path for path in files if path.suffix.lower() in AUDIO]
-    others = collections.Counter(path.suffix.lower() or "no ending" for path in files) - collections.Counter(
-        path.suffix.lower() for path in recordings)
+    recordings, others = [], collections.Counter()
+    for path in walk(folder):
+        ending = path.suffix.lower()
+        if ending in AUDIO:
+            recordings.append(path)
+        else:
+            others[ending or "no ending"] += 1
     kinds = ", ".join(f"{ending} {count}" for ending, count in others.most_common(5))
     if not recordings:
         raise InputError(f"{folder}: no recordings in it; other files: {kinds or 'none'}")
@@ -371,24 +380,27 @@ def open_unlabelled(data, seconds):
     folds, where each clip is tested once, is given whole. Held out is one group (a recording without one is its own) in
     a hundred by a hash of their names, at least 16 (of fewer than 80, a fifth). Raises InputError where there is none.
     """
-    samples = round(seconds * SAMPLE_RATE)
     if data == ["synth"]:
-        return [ClipSet([Clip(f"synth/{split}/{i}", samples=samples,
-                              read=functools.partial(synth_waveform, i, split, seconds)) for i in range(count)],
-                        seconds=seconds) for split, count in (("unlabelled", 2000), ("held_out", 100))]
+        return (ClipSet(synth_unlabelled("unlabelled", 2000, seconds), seconds=seconds),
+                ClipSet(synth_unlabelled("held_out", 100, seconds), seconds=seconds))
     packed = [clip for folder in data for clip in open_pack(folder)[0]]
-    usable = [clip._replace(crops=-(-clip.samples // samples)) for clip in packed
-              if clip.samples >= SAMPLE_RATE and clip.split != "test"]
+    usable = [clip for clip in packed if clip.samples >= SAMPLE_RATE and clip.split != "test"]
     if not usable:
         raise InputError(f"{', '.join(data)}: no recording in it is a second long, or all are test clips")
     if len(usable) < len(packed):
         say(f"{len(packed) - len(usable)} of {len(packed)} recordings are left out: shorter than a second, or test "
             "clips")
-    hashes = [zlib.crc32((clip.group or clip.name).encode(errors="backslashreplace")) for clip in usable]
-    distinct = sorted(set(hashes))
-    limit = distinct[min(max(len(distinct) // 100, 16), len(distinct) // 5)]
-    return [ClipSet([clip for clip, own in zip(usable, hashes, strict=True) if (own < limit) == held_out],
-                    seconds=seconds) for held_out in (False, True)]
+
+    def hashed(clip):
+        return zlib.crc32((clip.group or clip.name).encode(errors="backslashreplace"))
+
+    groups = sorted({hashed(clip) for clip in usable})
+    limit = groups[min(max(len(groups) // 100, 16), len(groups) // 5)]
+    trained, held_out = [], []
+    for clip in usable:
+        crops = math.ceil(clip.samples / round(seconds * SAMPLE_RATE))
+        (held_out if hashed(clip) < limit else trained).append(clip._replace(crops=crops))
+    return ClipSet(trained, seconds=seconds), ClipSet(held_out, seconds=seconds)
 
 
 # -------------------------------------------------------------------------- synth: sounds from formulas
@@ -521,6 +533,12 @@ def synth_clip(index, split="unlabelled", seconds=5.0):
 def synth_waveform(index, split, seconds):
     """The waveform of `synth_clip`, kept once it is made: 2,000 of 5 s take 320 MB, in each process that reads."""
     return synth_clip(index, split, seconds)[0]
+
+
+def synth_unlabelled(split, count, seconds):
+    """Synthetic clips for pre-training, made when they are drawn: a list of `Clip`."""
+    return [Clip(f"synth/{split}/{i}", samples=round(seconds * SAMPLE_RATE),
+                 read=functools.partial(synth_waveform, i, split, seconds)) for i in range(count)]
 
 
 def synth_set(train=1000, test=500):
@@ -677,10 +695,9 @@ def kinetics700(root):
                           ("test", ("validate.csv", "val.csv", "kinetics700_val.csv", "kinetics_val.csv"))):
         table = files.table(*tables)
         for row in read_table(table, ("label", "youtube_id", "time_start", "time_end")):
-            video, start, end = row["youtube_id"], float(row["time_start"]), float(row["time_end"])
-            name = f"{video}_{int(start):06}_{int(end):06}"
-            path = files.find(name, f"{video}_{row['time_start']}_{row['time_end']}", video)
-            clips.append(Clip(name, (row["label"],), split, path=path))
+            start, end = int(float(row["time_start"])), int(float(row["time_end"]))
+            name = f"{row['youtube_id']}_{start:06}_{end:06}"
+            clips.append(Clip(name, (row["label"],), split, path=files.find(name, row["youtube_id"])))
     return clips, None
 
 
@@ -732,13 +749,18 @@ def settle_splits(clips):
                 raise InputError(f"{other.name} ({other.split}) and {clip.name} ({clip.split}) are of the same group, "
                                  "but in different splits")
         return clips
-    classes = {}                                                    # of the groups
+
+    def hashed(name):
+        return hashlib.sha256(name.encode(errors="surrogateescape")).digest()
+
+    class_of = {}                                       # of the groups
     for clip in clips:
-        classes.setdefault(clip.group or clip.name, clip.labels[:1])
-    splits, met = {}, collections.Counter()
-    for group in sorted(classes, key=lambda name: hashlib.sha256(name.encode(errors="surrogateescape")).digest()):
-        met[classes[group]] += 1
-        splits[group] = "test" if met[classes[group]] % 5 == 2 else "train"
+        class_of.setdefault(clip.group or clip.name, clip.labels[:1])
+    splits = {}
+    met = collections.Counter()
+    for group in sorted(class_of, key=hashed):
+        met[class_of[group]] += 1
+        splits[group] = "test" if met[class_of[group]] % 5 == 2 else "train"
     return [clip._replace(split=splits[clip.group or clip.name]) for clip in clips]
 
 
@@ -775,11 +797,13 @@ def read_tables(data, root):
         raise InputError(f"{root}: split must be train, valid or test, or the number of a fold, of all clips, "
                          f"not {', '.join(sorted(splits))}")
     clips = [clip for clip in named if clip.path]
+    if not clips:
+        example = f", such as {named[0].name}" if named else ""
+        raise InputError(f"{root}: none of the {len(named)} recordings of {data} is there{example}; ffmpeg makes .flac "
+                         "of videos and .m4a")
     classes = classes or sorted({label for clip in named for label in clip.labels})
-    if not clips or not classes:
-        what = "its clips have no labels" if clips else f"none of the {len(named)} recordings of {data} is there"
-        raise InputError(f"{root}: {what}" + f", such as {named[0].name}; ffmpeg makes .flac of videos and .m4a" * (
-            bool(named) and not clips))
+    if not classes:
+        raise InputError(f"{root}: its clips have no labels")
     say_some("missing", [clip.name for clip in named if not clip.path], ", ")
     if metric is None:
         metric = "accuracy" if all(len(clip.labels) == 1 for clip in clips) else "mAP"
@@ -926,10 +950,14 @@ def cores():
 def find_device(name=None):
     """The device of this name, or the best there is; of several GPUs, the one of this process. Raises InputError where
     there is none, or not for so many processes."""
-    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available() and world_size() == 1, cpu=True)
-    name = name or next(device for device, found in there.items() if found)
+    best = "cpu"
+    if torch.cuda.is_available():
+        best = "cuda"
+    elif torch.backends.mps.is_available() and world_size() == 1:
+        best = "mps"
+    name = name or best
     number = int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None
-    if not there[name] or number and number >= torch.cuda.device_count():
+    if name not in ("cpu", best) or number and number >= torch.cuda.device_count():
         raise InputError(f"--device {name}: this torch has none, or not for {world_size()} processes")
     return torch.device(name, number)
 

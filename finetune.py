@@ -199,7 +199,8 @@ def main():
         args.loss = "ce" if data.metric == "accuracy" and args.head != "frames" else "bce"
     if args.loss == "ce" and any(len(own) != 1 for own in data.labels):
         raise InputError(f"--loss ce is for one label a clip; in {args.data} some have more or none: use bce")
-    say(f"on {device} x {world_size()}; " + (f"from {args.init}" if init else f"{args.size or 'tiny'} from scratch"))
+    start = f"from {args.init}" if init else f"{args.size or 'tiny'} from scratch"
+    say(f"on {device} x {world_size()}; {start}")
     folds = folds_of(data) if args.fold == "all" else []
     scores = [run(args, data, fold, init, device, Path(args.out) / f"fold{fold}") for fold in folds]
     if scores:
@@ -213,7 +214,8 @@ def main():
 def run(args, data, fold, init, device, out):
     """One run, or the rest of it: train a model on all folds but `fold`, and test it on that. Returns its score."""
     training, valid, test = split(data, fold, args)
-    measure(data.metric, torch.zeros(len(test), len(data.classes)), test.targets(range(len(test))))     # has an answer
+    targets = test.targets(range(len(test)))
+    measure(data.metric, torch.zeros(targets.shape), targets)           # finds out early where it has no answer
     checkpoint = resume(args, out, "finetune.py", data.digest())
     if (out / "result.json").exists():
         return json.loads((out / "result.json").read_text())["score"]
@@ -227,10 +229,11 @@ def run(args, data, fold, init, device, out):
     minutes = (time.time() - began) / 60
     result = dict(metric=data.metric, score=score, valid=score_valid, train=training.fingerprint(),
                   test=test.fingerprint(), minutes=round(minutes, 2), args=vars(args))
-    say(f"{out}: {data.metric} {score:.3f} on {len(test)} clips"
-        + (f", {score_valid:.3f} on {len(valid)} validation clips" if len(valid) else "")
-        + f", after {len(training)} clips x {args.updates * args.batch_size / len(training):.0f} epochs, "
-        f"{minutes:.1f} min\n    trained on {result['train']}\n    scored on {result['test']}")
+    say(f"{out}: {data.metric} {score:.3f} on {len(test)} clips; {minutes:.1f} min")
+    if score_valid is not None:
+        say(f"    validation: {score_valid:.3f} on {len(valid)} clips")
+    say(f"    trained on {result['train']}, {args.updates * args.batch_size / len(training):.0f} epochs")
+    say(f"    scored on {result['test']}")
     if rank() == 0:
         write_whole(out / "result.json", json.dumps(result).encode())
     return score
