@@ -923,9 +923,8 @@ def batches(source, batch_size, updates, seed, first=0, rank=0, world=1, workers
 
 
 def init_worker(_):
-    """In a process that reads data: whether Ctrl-C ends it is for its parent to decide."""
+    """In a process that reads data: Ctrl-C is for its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)           # which the parent handles
 
 
 # ------------------------------------------------------------------- what the three scripts have in common

@@ -34,9 +34,8 @@ from conformer import BatchNorm
 from datasets import (READERS, InputError, Parser, batches, collate, derive_seed, find_device, in_range,
                       load_labelled, progress, rank, read_audio, reading, run_script, say, world_size, write_whole)
 from frontend import HOP, MELS, SAMPLE_RATE, LogMel, frame_count, padding_mask
-from pretrain import (SIGNALS, add_running_options, all_reduce, autocast, compile_blocks, fetch, finish,
-                      init_distributed, load_checkpoint, load_encoder, resume, save_checkpoint, step_if_finite,
-                      training_bar)
+from pretrain import (add_running_options, all_reduce, autocast, compile_blocks, fetch, init_distributed, leave,
+                      load_checkpoint, load_encoder, resume, save_checkpoint, step_if_finite, training_bar)
 from wav2vec2 import SIZES, Wav2Vec2
 
 # ------------------------------------------------------------------------------------------------- the model and its loss
@@ -208,7 +207,7 @@ def main():
             f"{np.std(scores):.3f})")
     else:
         run(args, data, args.fold, init, device, Path(args.out))
-    finish(args)
+    leave()
 
 
 def run(args, data, fold, init, device, out):
@@ -329,19 +328,16 @@ def train(model, frontend, training, args, out, data, checkpoint):
             share = compute_loss(logits, target[part], args) * micro_batch / local_batch
             share.backward()
             loss += share.detach()
-        sums = all_reduce(dict(loss=loss / world, signals=torch.full_like(loss, len(SIGNALS))))
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)                              # pretrain.py's default
-        figures = fetch(dict(sums, norm=norm))                                              # waits for the device, once
-
+        figures = all_reduce(dict(loss=loss / world))
+        figures["norm"] = torch.nn.utils.clip_grad_norm_(parameters, 1.0)                   # pretrain.py's default
+        figures = fetch(figures)                                                            # waits for the device, once
         skips = step_if_finite(optimizer, figures, skips, training.clips[numbers[0]])
-        done, stopping = update + 1, figures["signals"] > 0
+        done = update + 1
         bar.set_postfix_str(f"loss {figures['loss']:.3f}", refresh=False)
         bar.update()
-        if stopping or done == args.updates or done % args.checkpoint_every == 0:
+        if done == args.updates or done % args.checkpoint_every == 0:
             save_checkpoint(out / "checkpoint.pt", model, frontend, update=done, optimizer=optimizer.state_dict(),
                             data=data, script="finetune.py", args=vars(args))
-        if stopping:
-            finish(args, stopped=True)      # exits
     bar.close()
 
 

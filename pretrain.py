@@ -21,7 +21,6 @@ import collections
 import io
 import json
 import math
-import signal
 import sys
 import time
 from pathlib import Path
@@ -41,7 +40,7 @@ from wav2vec2 import COMMON, SIZES, Wav2Vec2, collapse_warning, span_mask, summa
 # Defaults of these options. The paper states updates, warm-up and learning rate of small and large (Sec. 2.3). A
 # checkpoint of large has 1 GB: every 500 updates, eight GPUs would spend half their time on writing it.
 LONG = dict(updates=300_000, warmup=10_000, lr=3e-4, batch_size=256, seconds=10.0, checkpoint_every=5000)
-SCHEDULES = dict(tiny=dict(updates=400, warmup=40, lr=1e-3, batch_size=32, seconds=5.0, checkpoint_every=500),
+SCHEDULES = dict(tiny=dict(updates=400, warmup=40, lr=1e-3, batch_size=32, seconds=5.0, checkpoint_every=100),
                  small=LONG, large=LONG)
 SETTINGS = {**SIZES["tiny"], **COMMON}      # a model's settings: names and types are the same in every size
 
@@ -84,7 +83,6 @@ def main():
         + (f"resumed after update {done}" if checkpoint else "chance is the accuracy of a blind guess"))
     log = Log(args, done, model.flops(frame_count(samples))) if rank() == 0 else None
     since_log = collections.Counter()               # sums over the updates since the last log line
-    stopping = False
 
     # waveform (B, S) int16 and lengths (B,) in samples, on the CPU; numbers (B,) of the clips in the source.
     for update, (waveform, lengths, numbers) in enumerate(loader, done):
@@ -105,7 +103,6 @@ def main():
                 result = wrapped(log_mel, padding_mask(lengths[part], log_mel), rand[part])
             (result.loss * result.sums["counted"]).backward()                           # the sum over masked steps
             sums.update(result.sums)
-        sums["signals"] = torch.full((), float(len(SIGNALS)), device=device)            # so that all processes stop
         sums = all_reduce(sums)
         # From the sum over masked steps to the mean; DDP has divided by the number of processes.
         torch._foreach_mul_([p.grad for p in parameters], world / sums["counted"].clamp(min=1))
@@ -118,7 +115,7 @@ def main():
         else:
             skipped += 1
 
-        done, stopping = update + 1, sums["signals"] > 0
+        done = update + 1
         checkpoint_due = done % args.checkpoint_every == 0 or done == args.updates
         if rank() == 0:
             log.bar.update()
@@ -127,18 +124,15 @@ def main():
                 since_log.clear()
             if checkpoint_due and len(held_out):
                 log.write(done, **held_out_figures(model, frontend, held_out, args))
-        if checkpoint_due or stopping:
+        if checkpoint_due:
             save_checkpoint(Path(args.out) / "checkpoint.pt", model, frontend, update=done, skipped=skipped,
                             optimizer=optimizer.state_dict(), settings=model.settings, args=vars(args),
                             data=source.digest(), script="pretrain.py")
-        if stopping:
-            break
 
     if rank() == 0:
         log.bar.close()
-    if done == args.updates:
-        say(f"{args.out}/checkpoint.pt; now python finetune.py --init {args.out}")
-    finish(args, stopped=stopping and done < args.updates)
+    say(f"{args.out}/checkpoint.pt; now python finetune.py --init {args.out}")
+    leave()
 
 
 def build(args, checkpoint, source, device):
@@ -268,15 +262,14 @@ def parse(argv=None):
 # Options that may differ when a run is resumed. (The data are compared by their digest instead.)
 MAY_CHANGE = {"resume", "out", "data", "root", "device", "workers", "micro_batch", "checkpoint_every", "log_every",
               "compile"}
-SIGNALS = []        # that have come: after the update in progress the run ends
 
 
 def add_running_options(parser):
     """The options that pre-training and fine-tuning have in common."""
     add, count = parser.add_argument_group("running").add_argument, in_range(int, 1, 10**9)
     add("--resume", action="store_true", help="continue from the checkpoint in --out; start where there is none yet")
-    add("--checkpoint-every", type=count, help="updates that a killed run loses at most (500; to pre-train small or "
-        "large 5000)")
+    add("--checkpoint-every", type=count, help="updates that a killed run loses at most (500; to pre-train tiny "
+        "100, small or large 5000)")
     add("--seed", type=in_range(int, 0, 2**63 - 1), default=0, help="of the draw of clips, crops, masks and first "
         "weights (%(default)s)")
     add("--device", choices=["cpu", "cuda", "mps"], help="(the best there is)")
@@ -315,25 +308,13 @@ def resume(args, out, script, data):
 
 
 def init_distributed(args):
-    """Join the processes that torchrun started, if it did, and return this one's device.
-
-    SIGINT (Ctrl-C) and SIGTERM, collected in SIGNALS, end a run after the update in progress, a second one at once.
-    Raises InputError for a device that is not there, and a batch that can't be divided.
-    """
+    """Join the processes that torchrun started, if it did, and return this one's device. Raises InputError for a device
+    that is not there, and a batch that can't be divided."""
     device, world = find_device(args.device), world_size()
     local_batch = args.batch_size // world
     if args.batch_size % world or local_batch % (args.micro_batch or local_batch):
         raise InputError(f"--batch-size {args.batch_size} does not divide by {world} processes x --micro-batch "
                          f"{args.micro_batch or local_batch}")
-    SIGNALS.clear()
-
-    def handle(number, _):
-        if SIGNALS:
-            sys.exit(128 + number)
-        SIGNALS.append(number)
-
-    signal.signal(signal.SIGINT, handle)
-    signal.signal(signal.SIGTERM, handle)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
@@ -419,15 +400,11 @@ def fetch(numbers):
     return dict(zip(numbers, torch.stack(list(numbers.values())).tolist(), strict=True))
 
 
-def finish(args, stopped=False):
-    """Leave the other processes and, if a signal stopped the run, exit with the shell's code for it: 128 + number."""
+def leave():
+    """Leave the other processes, when all have come so far."""
     if world_size() > 1:
-        dist.barrier()          # the first process has written the checkpoint
+        dist.barrier()
         dist.destroy_process_group()
-    if stopped:
-        if rank() == 0:
-            tqdm.write(f"stopped by a signal; {args.out} has a checkpoint: --resume continues from there", sys.stderr)
-        sys.exit(128 + (SIGNALS or [signal.SIGTERM])[0])        # the signal may have gone to another process
 
 
 if __name__ == "__main__":

@@ -53,13 +53,9 @@ soak = pytest.mark.skipif("SOAK" not in os.environ, reason="takes long; SOAK=1 p
 
 @pytest.fixture(autouse=True)
 def same_start():
-    """Each test has the same random numbers and one thread, and leaves Python's signals as they were."""
+    """Each test has the same random numbers and one thread."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def command(script, *options, processes=None):
@@ -2262,50 +2258,16 @@ def test_a_run_killed_while_it_writes_a_file_keeps_the_one_before(pretrained, tm
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_run_after_its_update(pretrained, tmp_path, monkeypatch, call, number):
-    options, schedule = [*pretrained[0], "--out", tmp_path / "run"], pretrain.learning_rate
-    monkeypatch.setattr(pretrain, "learning_rate", fail_at(3, lambda: signal.raise_signal(number), schedule))
-    assert "--resume" in call("pretrain.py", *options, "--workers", 1, code=128 + number)
-    assert load_checkpoint(tmp_path / "run")["update"] == 4
-    call("pretrain.py", *options, "--resume")
-    assert_same_run(pretrained[1], tmp_path / "run")
-
-
-def test_a_second_signal_ends_the_run_at_once(pretrained, tmp_path, monkeypatch, call):
-    twice = fail_at(3, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)], pretrain.learning_rate)
-    monkeypatch.setattr(pretrain, "learning_rate", twice)
-    call("pretrain.py", *pretrained[0], "--out", tmp_path / "run", code=130)
-    assert not (tmp_path / "run" / "checkpoint.pt").exists()
-
-
-def test_a_signal_ends_fine_tuning_which_resumes(pretrained, esc50, tmp_path, monkeypatch, call):
-    options, schedule = [*esc50, "--init", pretrained[1], "--updates", 6, "--validate"], finetune.three_stage_lr
-    call("finetune.py", *options, "--out", tmp_path / "whole")
-    monkeypatch.setattr(finetune, "three_stage_lr", fail_at(3, lambda: signal.raise_signal(signal.SIGINT), schedule))
-    call("finetune.py", *options, "--out", tmp_path / "run", code=130)
-    call("finetune.py", *options, "--out", tmp_path / "run", "--resume")
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
-
-
-def test_all_processes_stop_at_the_same_update_and_another_number_resumes(pretrained, tmp_path, call):
-    """Only one of two processes gets the signal. One process goes on: equal up to rounding."""
-    options = [*pretrained[0], "--dropout", 0, "--updates", 3000]
-    process = subprocess.Popen(command("pretrain.py", *options, "--out", tmp_path / "run", processes=2),
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    log, children = tmp_path / "run" / "log.jsonl", Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while not (log.exists() and log.read_text().count("\n") > 3):
-        assert process.poll() is None, process.stderr.read()
-    os.kill(int(children.read_text().split()[-1]), signal.SIGTERM)
-    _, errors = process.communicate()
-    assert "stopped by a signal" in errors and process.returncode == 1
-    stopped = load_checkpoint(tmp_path / "run")
-    assert 8 <= stopped["update"] < 3000
-    options[-1] = stopped["update"] + 3
-    stopped["args"]["updates"], stopped["args"]["warmup"] = options[-1], 0
-    torch.save(stopped, tmp_path / "run" / "checkpoint.pt")
-    call("pretrain.py", *options, "--out", tmp_path / "run", "--resume", "--warmup", 0)
-    assert load_checkpoint(tmp_path / "run")["update"] == options[-1]
+def test_another_number_of_processes_resumes(pretrained, tmp_path, monkeypatch, call):
+    """A run of two processes that was killed goes on in one: equal up to rounding."""
+    options = [*pretrained[0], "--dropout", 0, "--checkpoint-every", 2]
+    call("pretrain.py", *options, "--out", tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "learning_rate", fail_at(3, kill, pretrain.learning_rate))
+        assert run_forked("pretrain.py", *options, "--out", tmp_path / "run", processes=2) == [1, 1]
+    assert load_checkpoint(tmp_path / "run")["update"] == 2
+    call("pretrain.py", *options, "--out", tmp_path / "run", "--resume")
+    assert_close_weights(tmp_path / "whole" / "checkpoint.pt", tmp_path / "run" / "checkpoint.pt")
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(pretrained, tmp_path, monkeypatch, call):
