@@ -161,38 +161,47 @@ class Endless(io.FileIO):
         return count
 
 
+def tells_length(path):
+    """Whether an MP3, perhaps with a tag before it or in a WAV, begins with a frame that tells how many follow."""
+    with open(path, "rb") as file:
+        head = file.read(10)
+        file.seek(10 + (head[6] << 21 | head[7] << 14 | head[8] << 7 | head[9]) if head[:3] == b"ID3" else 0)
+        start = file.read(4096)
+    return b"Xing" in start or b"Info" in start or b"VBRI" in start
+
+
 def open_audio(path):
-    """A recording, opened with soundfile, and how many samples its header promises, or None. Raises InputError for what
-    is not audio."""
+    """A recording: opened with soundfile, the file below that, and how many samples its header promises, or None. Raises
+    InputError for what is not audio."""
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such file")
     try:
-        with open(path, "rb") as content:
-            start = content.read(2**20)
-        file = soundfile.SoundFile(path)
+        content = open(path, "rb")                                              # noqa: SIM115
+        file = soundfile.SoundFile(content)
         if file.frames == 0 and file.format in ("WAV", "WAVEX"):        # its recorder never wrote the length
-            content = bytearray(Path(path).read_bytes())
-            content[4:8] = bytes([8, 0, 0, 0])                          # a sign for that which libsndfile knows
-            file = soundfile.SoundFile(io.BytesIO(content))
-        tells_length = b"Xing" in start or b"Info" in start or b"VBRI" in start
-        if file.subtype.startswith("MPEG_LAYER") and not tells_length:
-            return soundfile.SoundFile(Endless(path, "rb")), None
+            patched = bytearray(Path(path).read_bytes())
+            patched[4:8] = bytes([8, 0, 0, 0])                          # a sign for that which libsndfile knows
+            content = io.BytesIO(patched)
+            file = soundfile.SoundFile(content)
+        if file.subtype.startswith("MPEG_LAYER") and not tells_length(path):
+            content = Endless(path, "rb")
+            return soundfile.SoundFile(content), content, None
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     except soundfile.LibsndfileError as error:
         raise InputError(f"{path}: not readable as audio ({error.error_string})") from None
     if file.frames > 2**40:
-        return file, None
+        return file, content, None
     # Of a file that is too short libsndfile logs both lengths.
     lengths = re.findall(r"(\d+) \(should be (\d+)", file.extra_info)
     shares = [int(length) / max(int(there), 1) for length, there in lengths if int(length) < UNKNOWN]
-    return file, round(file.frames * max(shares, default=1))
+    return file, content, round(file.frames * max(shares, default=1))
 
 
 def decode(path):
     """What decodes of a recording, channels averaged: (float32 (S,), its rate, a note where that is less than its
-    header promises). Raises InputError where that is nothing, and for what is no audio."""
-    file, promised = open_audio(path)
+    header promises, or more is in the file). Raises InputError where that is nothing, and for what is no audio."""
+    file, content, promised = open_audio(path)
     rate = file.samplerate
     if not 1000 <= rate <= 768_000:
         raise InputError(f"{path}: a sample rate of {rate} Hz can't be right")
@@ -210,12 +219,14 @@ def decode(path):
     samples = sum(len(block) for block in blocks)
     if samples == 0:
         raise InputError(f"{path}: no sound in it ({damage or '0 samples'})")
+    share = content.tell() / os.path.getsize(path)          # of the file that was read
     note = ""
     if promised and promised - samples > max(promised / 100, rate / 10):
         note = f"ends after {samples / rate:.1f} of {promised / rate:.1f} s"
-    elif damage or file.format == "OGG" and not has_end_mark(path):
-        note = f"ends after {samples / rate:.1f} s"
+    elif damage or share < 0.9 or file.format == "OGG" and not has_end_mark(path):
+        note = f"ends after {samples / rate:.1f} s, {share:.0%} of the file"
     file.close()
+    content.close()
     return np.concatenate(blocks), rate, note
 
 
@@ -259,7 +270,7 @@ def read_clips(clips, skipped, unique, workers=None):
     `skipped`, a list, gets a line for each of the others.
 
     With `unique`, a sound that is there twice is used once. Raises InputError where the two differ in what is said of
-    them; without `unique`, where the same file is in two splits.
+    them; without `unique`, as clips of an official set may, where the same file is in two splits.
     """
     paths = [clip.path for clip in clips]
     megabytes = sum(os.path.getsize(path) for path in paths if os.path.exists(path)) // 2**20
@@ -274,7 +285,8 @@ def read_clips(clips, skipped, unique, workers=None):
             continue
         sound = hashlib.sha256(waveform).digest() if unique else clip.path
         other = first.setdefault(sound, clip)
-        if (other.labels, other.split, other.group) != (clip.labels, clip.split, clip.group):
+        differs = unique and (other.labels, other.group) != (clip.labels, clip.group)
+        if differs or other.split != clip.split:
             raise InputError(f"{other.name} and {clip.name} are the same sound, but not of the same split, labels and "
                              "group: keep one of them")
         if other is not clip and unique:
