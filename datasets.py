@@ -231,12 +231,13 @@ def decode(path):
 
 
 def has_end_mark(path):
-    """Whether the last page of an Ogg file says that it is the last (RFC 3533): one that was cut off does not."""
+    """Whether the last page of an Ogg file is whole and says that it is the last (RFC 3533). A page has 27 bytes and
+    the sizes of its segments first."""
     with open(path, "rb") as file:
         file.seek(max(os.path.getsize(path) - 2**17, 0))
         tail = file.read()
     page = tail[tail.rfind(b"OggS"):]
-    return len(page) > 5 and page[5] & 4
+    return len(page) > 26 and page[5] & 4 and len(page) >= 27 + page[26] + sum(page[27:27 + page[26]])
 
 
 def to_int16(waveform):
