@@ -894,7 +894,8 @@ class ClipStream(torch.utils.data.Dataset):
         """Which clip comes n-th in the stream."""
         if self.clips_by_class:
             rng = np.random.default_rng([1, self.seed, n])
-            return int(rng.choice(self.clips_by_class[rng.integers(len(self.clips_by_class))]))
+            clips = self.clips_by_class[rng.integers(len(self.clips_by_class))]
+            return clips[rng.integers(len(clips))]
         epoch, position = divmod(n, int(self.ends[-1]))
         crop = shuffled(int(self.ends[-1]), self.seed, epoch)[position]
         return int(np.searchsorted(self.ends, crop, "right"))
@@ -1100,7 +1101,7 @@ def pack_folder(args):
 
 
 def write_synth(out, clips):
-    """`synth`: clips, and a table of their events in DCASE's format."""
+    """`synth`: clips, and a table of their events."""
     if Path(out).exists():
         raise InputError(f"{out}: exists already; name a new folder")
     Path(out).mkdir(parents=True)
