@@ -138,7 +138,7 @@ class ClipSet:
 
 # Endings of what is read. (Others that libsndfile knows are rare, and have quirks.)
 AUDIO = (".wav", ".wave", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf")
-LONGEST = 6             # hours of a recording, which is in memory as a whole while it is decoded: 4 GB
+LONGEST = 6             # hours of a recording, which is in memory as a whole while it is decoded: 2 GB an hour
 UNKNOWN = 2_000_000_000     # bytes: what is written to a pipe has such a size in its header, or more
 
 
@@ -254,8 +254,15 @@ def read_audio(path):
     waveform, rate, note = decode(path)
     if not np.isfinite(waveform).all():
         raise InputError(f"{path}: holds values that are not finite")
-    waveform = (waveform - waveform.mean(dtype=np.float64)).astype(np.float32)
-    return to_int16(resample(torch.from_numpy(waveform), rate, SAMPLE_RATE).numpy()), note
+    waveform -= waveform.mean(dtype=np.float64).astype(np.float32)
+    # A minute at a time, to save memory, each with a second of what is around it: further than the filter reaches.
+    minutes = []
+    for start in range(0, len(waveform), 60 * rate):
+        before = min(start, rate)
+        around = torch.from_numpy(waveform[start - before:start + 61 * rate])
+        skip = before * SAMPLE_RATE // rate
+        minutes.append(resample(around, rate, SAMPLE_RATE)[skip:skip + 60 * SAMPLE_RATE])
+    return to_int16(torch.cat(minutes).numpy()), note
 
 
 def try_to_read(path):

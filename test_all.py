@@ -1182,6 +1182,14 @@ def test_level_and_offset_do_not_count(tmp_path, level, offset):
     np.testing.assert_allclose(waveform, expected * 32767 / np.abs(expected).max(), atol=3)
 
 
+def test_a_long_recording_is_resampled_as_a_whole(tmp_path):
+    """Though a minute at a time."""
+    wave = np.random.default_rng(0).uniform(-0.9, 0.9, 44_100 * 125)
+    soundfile.write(tmp_path / "a.wav", wave, 44_100, subtype="FLOAT")
+    expected = resample(torch.from_numpy(wave - wave.mean()).float(), 44_100, 16_000).numpy()
+    assert np.abs(datasets.read_audio(tmp_path / "a.wav")[0] - datasets.to_int16(expected).astype(int)).max() <= 1
+
+
 def bad_files(folder):
     """One of each kind of file of which nothing can be used, and the word that its error has to hold."""
     folder.mkdir(parents=True, exist_ok=True)
