@@ -259,6 +259,7 @@ def parse(argv=None):
 
 # -------------------------------------------- running: options, processes, checkpoints (finetune.py uses them too)
 
+CLAIMED = []        # open files, whose locks end with the process
 # Options that may differ when a run is resumed. (The data are compared by their digest instead.)
 MAY_CHANGE = {"resume", "out", "data", "root", "device", "workers", "micro_batch", "checkpoint_every", "log_every",
               "compile"}
@@ -304,7 +305,23 @@ def resume(args, out, script, data):
     if checkpoint and checkpoint["data"] != data:
         raise InputError(f"{out} was started with other recordings, labels or splits, or in another order")
     out.mkdir(parents=True, exist_ok=True)          # now that all have looked
+    if rank() == 0:
+        claim(out)
     return checkpoint
+
+
+def claim(folder):
+    """Keep other processes, of a run that was thought to be dead perhaps, from writing into a folder until this one
+    ends. Does nothing on Windows. Raises InputError where another has it."""
+    try:
+        import fcntl
+    except ImportError:
+        return
+    CLAIMED.append(open(folder / ".lock", "w"))                 # noqa: SIM115
+    try:
+        fcntl.lockf(CLAIMED[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{folder}: another process is writing there; wait for it, or name another --out") from None
 
 
 def init_distributed(args):

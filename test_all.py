@@ -2317,6 +2317,23 @@ def test_a_run_is_not_overwritten_nor_changed(pretrained, finetuned, tmp_path, c
     table.write_text(whole)
 
 
+def test_a_folder_has_one_writer(pretrained, tmp_path, call):
+    """Another process that resumes a run gets one line."""
+    ready, tell = os.pipe()
+    shutil.copytree(pretrained[1], tmp_path / "run")
+    holder = os.fork()
+    if holder == 0:
+        pretrain.claim(tmp_path / "run")
+        os.write(tell, b"claimed")
+        signal.pause()
+    os.read(ready, 1)
+    options = ["pretrain.py", *pretrained[0], "--out", tmp_path / "run", "--resume"]
+    assert "another process is writing there" in call(*options, code=2)
+    os.kill(holder, signal.SIGKILL)                             # which releases it
+    os.waitpid(holder, 0)
+    call(*options)
+
+
 # ------------------------------------------------------------------------- what is not finite, what collapses
 
 
