@@ -20,10 +20,10 @@ import math
 import os
 import re
 import shutil
-import signal
 import sys
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,7 +50,7 @@ class Clip(NamedTuple):
     group: str = ""                     # clips of one group, cut from one recording perhaps, stay in one split
     path: Path | None = None            # where it lies; None where it is missing
     samples: int = 0                    # once it is decoded: its length at 16 kHz,
-    read: Callable | None = None        # a function that gives its waveform, int16 (S,),
+    read: Callable | None = None        # `read(start, stop)` gives its samples, int16; without arguments all of them,
     note: str = ""                      # and in what way its decoding was not as expected
     crops: int = 1                      # how many random crops an epoch of training takes of it
 
@@ -81,10 +81,9 @@ class ClipSet:
 
     def crop(self, i, rng):
         """Clip i for training, a random crop of what is longer than `seconds`: int16 (S,)."""
-        waveform = self.waveform(i)
         samples = round(self.seconds * SAMPLE_RATE)
-        start = rng.integers(max(len(waveform) - samples, 0) + 1)
-        return waveform[start:start + samples]
+        start = rng.integers(max(self.clips[i].samples - samples, 0) + 1)
+        return self.clips[i].read(start, start + samples)
 
     def targets(self, numbers):
         """Labels of these clips as (n, C) of 0 and 1, float32."""
@@ -284,10 +283,9 @@ def read_clips(clips, skipped, unique, workers=None):
     megabytes = sum(os.path.getsize(path) for path in paths if os.path.exists(path)) // 2**20
     workers = cores() if workers is None else workers
     workers = min(workers, len(paths), megabytes // 4)          # for a few megabytes none is worth its start
-    loader = torch.utils.data.DataLoader(paths, batch_size=None, collate_fn=try_to_read, num_workers=workers,
-                                         worker_init_fn=init_worker)
+    results = progress(in_threads(try_to_read, paths, workers), "decode", total=len(paths), unit=" files")
     first = {}                                                  # clip of each sound
-    for clip, (waveform, note) in zip(clips, progress(loader, "decode", unit=" files"), strict=True):
+    for clip, (waveform, note) in zip(clips, results, strict=True):
         if waveform is None:
             skipped.append(f"{clip.name}: {note}")
             continue
@@ -386,9 +384,18 @@ def open_pack(folder):
     return clips, header
 
 
-def read_packed(path, start, samples):
-    """A part of audio.int16, which the system reads when it is looked at: int16 (samples,)."""
-    return np.memmap(path, "<i2", "r", 2 * start, (samples,))
+def read_packed(path, first, samples, start=0, stop=None):
+    """Samples `start` to `stop` (None: all) of a recording that begins with sample `first` of audio.int16: int16."""
+    part = np.empty(min(samples, stop or samples) - start, "<i2")
+    with open(path, "rb", buffering=0) as file:     # one read: a mapped file would be fetched page by page
+        file.seek(2 * (first + start))
+        file.readinto(part)
+    return part
+
+
+def read_part(waveform, start=0, stop=None):
+    """The same of a waveform in memory."""
+    return waveform[start:stop]
 
 
 def open_unlabelled(data, seconds):
@@ -551,14 +558,19 @@ def synth_clip(index, split="unlabelled", seconds=5.0):
 
 @functools.cache
 def synth_waveform(index, split, seconds):
-    """The waveform of `synth_clip`, kept once it is made: 2,000 of 5 s take 320 MB, in each process that reads."""
+    """The waveform of `synth_clip`, kept once it is made: 2,000 of 5 s take 320 MB."""
     return synth_clip(index, split, seconds)[0]
+
+
+def read_synth(index, split, seconds, start=0, stop=None):
+    """A part of it."""
+    return synth_waveform(index, split, seconds)[start:stop]
 
 
 def synth_unlabelled(split, count, seconds):
     """Synthetic clips for pre-training, made when they are drawn: a list of `Clip`."""
     return [Clip(f"synth/{split}/{i}", samples=round(seconds * SAMPLE_RATE),
-                 read=functools.partial(synth_waveform, i, split, seconds)) for i in range(count)]
+                 read=functools.partial(read_synth, i, split, seconds)) for i in range(count)]
 
 
 def synth_set(train=1000, test=500):
@@ -570,7 +582,7 @@ def synth_set(train=1000, test=500):
         heard = {kind for _, _, kind in events}
         labels = tuple(kind for kind in SOUND_CLASSES if kind in heard)
         clips.append(Clip(f"synth/{split}/{i}", labels, split, samples=len(waveform),
-                          read=functools.partial(np.asarray, waveform)))
+                          read=functools.partial(read_part, waveform)))
     return clips
 
 
@@ -848,7 +860,7 @@ def load_labelled(data, root=None, workers=None):
         named, header = read_tables(data, root)
         clips, hours = [], 0.0
         for clip, waveform in read_clips(named, skipped, data not in OFFICIAL, workers):
-            clips.append(clip._replace(read=functools.partial(np.asarray, waveform)))
+            clips.append(clip._replace(read=functools.partial(read_part, waveform)))
             hours += clip.samples / SAMPLE_RATE / 3600
             if hours > IN_MEMORY:
                 raise InputError(f"{root}: more than {IN_MEMORY} hours, too much to decode in each run: "
@@ -885,7 +897,7 @@ def derive_seed(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-class ClipStream(torch.utils.data.Dataset):
+class ClipStream:
     """Crop n of an endless stream of shuffled epochs: (int16 waveform, the number of its clip).
 
     With `clips_by_class` the stream is balanced (Sec. 4.1): first a class is drawn, then one of its clips.
@@ -918,10 +930,11 @@ def collate(clips, samples=None):
     S is `samples`, or the length of the longest.
     """
     lengths = torch.tensor([len(waveform) for waveform, _ in clips])
-    waveform = np.zeros((len(clips), samples or int(lengths.max())), np.int16)
-    for row, (clip, _) in zip(waveform, clips, strict=True):
+    waveform = torch.zeros(len(clips), samples or int(lengths.max()), dtype=torch.int16,
+                           pin_memory=torch.cuda.is_available())
+    for row, (clip, _) in zip(waveform.numpy(), clips, strict=True):
         row[:len(clip)] = clip
-    return torch.from_numpy(waveform), lengths, torch.tensor([number for _, number in clips])
+    return waveform, lengths, torch.tensor([number for _, number in clips])
 
 
 def batches(source, batch_size, updates, seed, first=0, rank=0, world=1, workers=None, samples=None,
@@ -929,26 +942,41 @@ def batches(source, batch_size, updates, seed, first=0, rank=0, world=1, workers
     """Batches for updates `first` to `updates`: the part of process `rank`, of `world`, of each global batch.
 
     Update u draws crops u * batch_size and on of the `ClipStream`, whatever the number of processes. Each
-    batch is as `collate` gives it, padded to `samples` or to its longest clip. `workers` processes read ahead
-    (None: with a GPU one a core, up to 8; without, none, as the training takes the cores).
+    batch is as `collate` gives it, padded to `samples` or to its longest clip. `workers` threads read ahead
+    (None: with a GPU one a core, up to 8; else one).
     """
-    local_batch = batch_size // world
+    stream, local_batch = ClipStream(source, seed, clips_by_class), batch_size // world
     if workers is None:
-        workers = min(8, cores()) if torch.cuda.is_available() else 0
-    starts = range(first * batch_size + rank * local_batch, updates * batch_size, batch_size)
-    return torch.utils.data.DataLoader(
-        ClipStream(source, seed, clips_by_class),
-        batch_sampler=(range(n, n + local_batch) for n in starts),
-        collate_fn=functools.partial(collate, samples=samples),
-        num_workers=workers, worker_init_fn=init_worker, pin_memory=torch.cuda.is_available())
+        workers = min(8, cores()) if torch.cuda.is_available() else 1
 
+    def read(start):
+        return collate([stream[n] for n in range(start, start + local_batch)], samples)
 
-def init_worker(_):
-    """In a process that reads data: Ctrl-C is for its parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return in_threads(read, range(first * batch_size + rank * local_batch, updates * batch_size, batch_size), workers)
 
 
 # ------------------------------------------------------------------- what the three scripts have in common
+
+
+def in_threads(function, items, workers):
+    """What a function gives for each item, in order, worked out ahead by so many threads (0: when it is asked for).
+
+    Threads, as what takes the time here, reading and decoding, leaves Python's lock to others: nothing has to be handed
+    from process to process. An error comes in place of its result.
+    """
+    if workers == 0:
+        yield from map(function, items)
+        return
+    ahead, pool = collections.deque(), ThreadPoolExecutor(workers)
+    try:
+        for item in items:
+            ahead.append(pool.submit(function, item))
+            if len(ahead) > 2 * workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def rank():
@@ -1028,18 +1056,14 @@ def run_script(main):
     try:
         return main()
     except (InputError, OSError) as error:
-        message, code = str(error).strip().split("\n")[-1], 2          # those of data workers come with their traceback
+        message, code = str(error), 2
     except (MemoryError, RuntimeError) as error:
-        if "DataLoader worker" in str(error):
-            message, code = "a process that reads data was killed (out of memory?): give fewer --workers", 2
-        elif isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             message, code = "out of memory: give a smaller --micro-batch or --size, or shorter recordings", 2
         else:
             raise
     except KeyboardInterrupt:
         message, code = "interrupted", 130
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's handler would report the end of data workers
     tqdm.write(f"{Path(sys.argv[0]).name}: {message}", sys.stderr)         # below a bar, not into it
     sys.exit(code)
 
@@ -1080,7 +1104,7 @@ def main():
     command.add_argument("out", help="folder to write, 115 MB an hour")
     command.add_argument("--data", choices=[name for name in READERS if name != "synth"],
                          help="pack this labelled data set, with its labels, for finetune.py")
-    command.add_argument("--workers", type=in_range(int, 1, 1024), help="processes that decode (as many as cores)")
+    command.add_argument("--workers", type=in_range(int, 1, 1024), help="threads that decode (as many as cores)")
     command = commands.add_parser("synth", help="write synthetic clips as .wav and what is in them")
     command.add_argument("out", help="folder to write")
     command.add_argument("--clips", type=in_range(int, 1, 10**6), default=10, help="(%(default)s)")

@@ -278,7 +278,7 @@ def add_running_options(parser):
         "(CUDA: bf16, else fp32)")
     add("--compile", action="store_true", help="torch.compile the blocks: on a GPU large is 1.6 times as fast; needs a "
         "C++ compiler and a minute, more where lengths vary")
-    add("--workers", type=in_range(int, 0, 1024), help="processes that read data (with a GPU one a core, up to 8; "
+    add("--workers", type=in_range(int, 0, 1024), help="threads that read data (with a GPU one a core, up to 8; "
         "else 0)")
     add("--micro-batch", type=count, help="clips that go through the model at once in a process: fewer need less "
         "memory (all)")
