@@ -1,4 +1,4 @@
-"""Sound, in the order it travels: read, packed, synthesised, labelled, and drawn into batches.
+"""Sound, in the order it travels: read, packed, labelled or synthesised, and drawn into batches.
 
     python datasets.py pack FOLDER OUT                  decode recordings once, for fast training
     python datasets.py pack ROOT OUT --data audioset    the same for a labelled data set
@@ -15,6 +15,7 @@ import csv
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -22,7 +23,6 @@ import re
 import shutil
 import sys
 import zlib
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -48,11 +48,27 @@ class Clip(NamedTuple):
     labels: tuple = ()                  # names of its classes
     split: str = ""                     # "train", "valid", "test", or the fold whose test clip it is
     group: str = ""                     # clips of one group, cut from one recording perhaps, stay in one split
-    path: Path | None = None            # where it lies; None where it is missing
-    samples: int = 0                    # once it is decoded: its length at 16 kHz,
-    read: Callable | None = None        # `read(start, stop)` gives its samples, int16; without arguments all of them,
-    note: str = ""                      # and in what way its decoding was not as expected
-    crops: int = 1                      # how many random crops an epoch of training takes of it
+    path: Path | None = None            # the recording; None where it is missing
+    # Once it is decoded:
+    samples: int = 0                    # its length at 16 kHz
+    note: str = ""                      # in what way its decoding was not as expected
+    audio: object = None                # its samples, int16 (S,), a function that makes them, or a pack's file
+    first: int = 0                      # the sample of that file with which it begins
+
+    def read(self, start, row):
+        """Fill `row`, int16, with its samples from `start` on. Raises InputError where they can't be read."""
+        if not isinstance(self.audio, str):
+            waveform = self.audio() if callable(self.audio) else self.audio
+            row[:] = waveform[start:start + len(row)]
+            return
+        try:
+            with open(self.audio, "rb", buffering=0) as file:       # a single read, straight into the row
+                file.seek(2 * (self.first + start))
+                count = file.readinto(row)
+        except OSError as error:
+            raise InputError(f"{self.audio}: {self.name} can't be read ({error.strerror})") from None
+        if count < row.nbytes:
+            raise InputError(f"{self.audio}: {self.name} is not all there: pack it again")
 
 
 class ClipSet:
@@ -63,10 +79,11 @@ class ClipSet:
 
     def __init__(self, clips, classes=(), metric=None, seconds=10.0):
         self.clips, self.classes, self.metric, self.seconds = clips, classes, metric, seconds
+        self.samples = np.array([clip.samples for clip in clips])
+        self.groups = [clip.group or clip.name for clip in clips]
+        self.splits = np.array([clip.split for clip in clips], str)
         number = {name: c for c, name in enumerate(classes)}
         self.labels = [[number[name] for name in clip.labels] for clip in clips] if classes else []
-        self.splits = np.array([clip.split for clip in clips], str)
-        self.groups = np.array([clip.group or clip.name for clip in clips], str)
 
     def __len__(self):
         return len(self.clips)
@@ -75,19 +92,32 @@ class ClipSet:
         """The same set with these clips only."""
         return ClipSet([self.clips[i] for i in indices], self.classes, self.metric, self.seconds)
 
+    def batch(self, numbers, generators=None, samples=None):
+        """These clips, padded with zeros: waveform (B, S) int16, and lengths (B,) in samples.
+
+        With `generators`, a random one of numpy's for each, clips longer than `seconds` are cut to a random crop. S is
+        `samples`, or the longest length. With a GPU the waveform lies in pinned memory, which is copied there faster.
+        """
+        longest = round(self.seconds * SAMPLE_RATE)
+        lengths = np.minimum(self.samples[numbers], longest) if generators else self.samples[numbers]
+        waveform = torch.empty(len(numbers), samples or lengths.max(), dtype=torch.int16,
+                               pin_memory=torch.cuda.is_available())
+        starts = np.zeros(len(numbers), int)
+        if generators:
+            starts = [rng.integers(n) for rng, n in zip(generators, self.samples[numbers] - lengths + 1, strict=True)]
+        for row, i, start, length in zip(waveform.numpy(), numbers, starts, lengths, strict=True):
+            self.clips[i].read(start, row[:length])
+            row[length:] = 0
+        return waveform, torch.from_numpy(lengths)
+
     def waveform(self, i):
         """Clip i, whole: int16 (S,)."""
-        return self.clips[i].read()
-
-    def crop(self, i, rng):
-        """Clip i for training, a random crop of what is longer than `seconds`: int16 (S,)."""
-        samples = round(self.seconds * SAMPLE_RATE)
-        start = rng.integers(max(self.clips[i].samples - samples, 0) + 1)
-        return self.clips[i].read(start, start + samples)
+        waveform, _ = self.batch([i])
+        return waveform[0]
 
     def targets(self, numbers):
         """Labels of these clips as (n, C) of 0 and 1, float32."""
-        dense = np.zeros((len(numbers), len(self.classes)), np.float32)
+        dense = torch.zeros(len(numbers), len(self.classes))
         for row, i in zip(dense, numbers, strict=True):
             row[self.labels[i]] = 1
         return dense
@@ -121,15 +151,18 @@ class ClipSet:
 
     def digest(self):
         """A hash of the clips' names, labels and lengths and, as crops depend on it, their order."""
-        lines = [f"{clip.name} {clip.split} {sorted(clip.labels)} {clip.samples}" for clip in self.clips]
-        return hashlib.sha256("\n".join(lines).encode(errors="backslashreplace")).hexdigest()
+        digest = hashlib.sha256()
+        for clip in self.clips:
+            line = f"{clip.name} {clip.split} {sorted(clip.labels)} {clip.samples}\n"
+            digest.update(line.encode(errors="backslashreplace"))
+        return digest.hexdigest()
 
     def fingerprint(self):
         """What to compare when numbers differ: clips, a hash of their names, labels and lengths, mean and standard
         deviation of the log-mels (before normalisation) of 200 of them."""
         some = np.linspace(0, len(self) - 1, min(len(self), 200)).astype(int)
         frontend = LogMel()
-        values = torch.cat([frontend(torch.from_numpy(np.array(self.waveform(i)))[None])[0] for i in some])
+        values = torch.cat([frontend(self.waveform(i)[None])[0] for i in some])
         return f"{len(self)} clips {self.digest()[:8]} log-mel {values.mean():.3f} +- {values.std():.3f}"
 
 
@@ -137,36 +170,78 @@ class ClipSet:
 
 # Endings of what is read. (Others that libsndfile knows are rare, and have quirks.)
 AUDIO = (".wav", ".wave", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf")
-LONGEST = 6             # hours of a recording, which is in memory as a whole while it is decoded: 2 GB an hour
+LONGEST = 12            # hours of a recording, which is in memory at 16 kHz while it is read: 230 MB an hour
+
+
+def read_audio(path):
+    """A recording of any rate, as far as it decodes: mono int16 (S,) at 16 kHz, without its offset (as heard in the
+    first minute), the loudest sample at full scale, as level does not count (see `LogMel`): nothing is clipped or lost.
+    And a note, "" where all is well. Raises InputError for what can't be decoded and for values that are not finite."""
+    notes, minutes = [], []
+    nothing = np.zeros(0, np.float32)
+    before, offset = nothing, None
+    # A minute at a time, to save memory, each with a second of what is around it: further than the filter reaches.
+    blocks = itertools.chain(decode(path, notes), [(nothing, None)])
+    for (minute, rate), (following, _) in itertools.pairwise(blocks):
+        offset = minute.mean() if offset is None else offset
+        around = torch.from_numpy(np.concatenate([before, minute, following[:rate]]) - offset)
+        start = len(before) * SAMPLE_RATE // rate
+        stop = start + math.ceil(len(minute) * SAMPLE_RATE / rate)
+        minutes.append(resample(around, rate, SAMPLE_RATE).numpy()[start:stop].copy())
+        before = minute[-rate:]
+    loudest = np.max([np.abs(minute).max() for minute in minutes])
+    if not np.isfinite(loudest):
+        raise InputError(f"{path}: holds values that are not finite")
+    for k, minute in enumerate(minutes):
+        minutes[k] = np.round(minute * (32767 / max(loudest, 1e-6))).astype(np.int16)
+    return np.concatenate(minutes), "; ".join(notes)
+
+
+def decode(path, notes):
+    """A recording as far as it decodes, a minute at a time, the last one shorter: pairs of float32 (S,), mono, and the
+    sample rate. Of two channels it is the mean; of more the first, as an average over an array of microphones cancels
+    sounds by their direction. At the end `notes`, a list, gets a remark where that is less than the header promises, or
+    more is in the file. Raises InputError where nothing decodes, and for what is no audio."""
+    file, content, promised = open_audio(path)
+    with content, file:
+        rate = file.samplerate
+        if not 1000 <= rate <= 768_000:
+            raise InputError(f"{path}: a sample rate of {rate} Hz can't be right")
+        # Else soundfile seeks after each read, and an MP3's decoder loses bits that were kept in the frames before.
+        file.seekable = lambda: False
+        samples, damage = 0, ""
+        while not damage:
+            minute, damage = read_minute(file)
+            if len(minute) == 0:
+                break
+            samples += len(minute)
+            if samples > LONGEST * 3600 * rate:
+                raise InputError(f"{path}: is longer than {LONGEST} hours; cut it into parts")
+            yield minute, rate
+        if samples == 0:
+            raise InputError(f"{path}: no sound in it ({damage or '0 samples'})")
+        share = content.tell() / os.path.getsize(path)          # of the file that was read
+        if promised and promised - samples > max(promised / 100, rate / 10):
+            notes.append(f"ends after {samples / rate:.1f} of {promised / rate:.1f} s")
+        elif damage or share < 0.9 or file.format == "OGG" and not has_end_mark(path):
+            notes.append(f"ends after {samples / rate:.1f} s, {share:.0%} of the file")
+
+
+def read_minute(file):
+    """The next minute of an open recording, mono float32 (S,), less at its end and where it is damaged; and libsndfile's
+    words for the damage."""
+    blocks = [np.zeros(0, np.float32)]      # of a tenth of a second: one that is damaged is lost, and all behind it
+    missing = 60 * file.samplerate
+    try:
+        while len(block := file.read(min(file.samplerate // 10, missing), "float32", always_2d=True)):
+            blocks.append(block.mean(axis=1) if file.channels <= 2 else block[:, 0])
+            missing -= len(block)
+    except soundfile.LibsndfileError as error:
+        return np.concatenate(blocks), error.error_string
+    return np.concatenate(blocks), ""
+
+
 UNKNOWN = 2_000_000_000     # bytes: what is written to a pipe has such a size in its header, or more
-
-
-class Endless(io.FileIO):
-    """A file that seems a hundred times as long, and zero there. libsndfile guesses the length of an MP3 without a Xing
-    header from its size and its first frame, and reads no further."""
-
-    def seek(self, offset, whence=os.SEEK_SET):
-        """As of any file."""
-        if whence == os.SEEK_END:
-            return super().seek(100 * os.path.getsize(self.name) + offset)
-        return super().seek(offset, whence)
-
-    def readinto(self, buffer):
-        """As of any file."""
-        count = super().readinto(buffer)
-        if count == 0 and self.tell() > os.path.getsize(self.name):         # looking for a tag
-            buffer[:] = bytes(len(buffer))
-            count = len(buffer)
-        return count
-
-
-def tells_length(path):
-    """Whether an MP3, perhaps with a tag before it or in a WAV, begins with a frame that tells how many follow."""
-    with open(path, "rb") as file:
-        head = file.read(10)
-        file.seek(10 + (head[6] << 21 | head[7] << 14 | head[8] << 7 | head[9]) if head[:3] == b"ID3" else 0)
-        start = file.read(4096)
-    return b"Xing" in start or b"Info" in start or b"VBRI" in start
 
 
 def open_audio(path):
@@ -197,38 +272,6 @@ def open_audio(path):
     return file, content, round(file.frames * max(shares, default=1))
 
 
-def decode(path):
-    """What decodes of a recording, channels averaged: (float32 (S,), its rate, a note where that is less than its
-    header promises, or more is in the file). Raises InputError where that is nothing, and for what is no audio."""
-    file, content, promised = open_audio(path)
-    rate = file.samplerate
-    if not 1000 <= rate <= 768_000:
-        raise InputError(f"{path}: a sample rate of {rate} Hz can't be right")
-    # Else soundfile seeks after each read, and an MP3's decoder loses bits that were kept in the frames before.
-    file.seekable = lambda: False
-    blocks = []             # of a tenth of a second: one that is damaged is lost, and all behind it
-    damage = ""
-    try:
-        while len(block := file.read(rate // 10, "float32", always_2d=True)):
-            blocks.append(block.mean(axis=1))
-            if len(blocks) > LONGEST * 36_000:
-                raise InputError(f"{path}: is longer than {LONGEST} hours; cut it into parts")
-    except soundfile.LibsndfileError as error:
-        damage = error.error_string
-    samples = sum(len(block) for block in blocks)
-    if samples == 0:
-        raise InputError(f"{path}: no sound in it ({damage or '0 samples'})")
-    share = content.tell() / os.path.getsize(path)          # of the file that was read
-    note = ""
-    if promised and promised - samples > max(promised / 100, rate / 10):
-        note = f"ends after {samples / rate:.1f} of {promised / rate:.1f} s"
-    elif damage or share < 0.9 or file.format == "OGG" and not has_end_mark(path):
-        note = f"ends after {samples / rate:.1f} s, {share:.0%} of the file"
-    file.close()
-    content.close()
-    return np.concatenate(blocks), rate, note
-
-
 def has_end_mark(path):
     """Whether the last page of an Ogg file is whole and says that it is the last (RFC 3533). A page has 27 bytes and
     the sizes of its segments first."""
@@ -239,29 +282,32 @@ def has_end_mark(path):
     return len(page) > 26 and page[5] & 4 and len(page) >= 27 + page[26] + sum(page[27:27 + page[26]])
 
 
-def to_int16(waveform):
-    """Waveform to int16, its loudest sample at full scale, as level does not count (see `LogMel`): nothing is clipped
-    or lost."""
-    loudest = max(np.abs(waveform).max(), 1e-6)
-    return np.round(waveform * (32767 / loudest)).astype(np.int16)
+def tells_length(path):
+    """Whether an MP3, perhaps with a tag before it or in a WAV, begins with a frame that tells how many follow."""
+    with open(path, "rb") as file:
+        head = file.read(10)
+        file.seek(10 + (head[6] << 21 | head[7] << 14 | head[8] << 7 | head[9]) if head[:3] == b"ID3" else 0)
+        start = file.read(4096)
+    return b"Xing" in start or b"Info" in start or b"VBRI" in start
 
 
-def read_audio(path):
-    """A recording of any rate, as far as it decodes: mono int16 (S,) at 16 kHz, without its offset, the loudest sample
-    at full scale; and a note, "" where all is well. Raises InputError for what can't be decoded and for values that
-    are not finite."""
-    waveform, rate, note = decode(path)
-    if not np.isfinite(waveform).all():
-        raise InputError(f"{path}: holds values that are not finite")
-    waveform -= waveform.mean(dtype=np.float64).astype(np.float32)
-    # A minute at a time, to save memory, each with a second of what is around it: further than the filter reaches.
-    minutes = []
-    for start in range(0, len(waveform), 60 * rate):
-        before = min(start, rate)
-        around = torch.from_numpy(waveform[start - before:start + 61 * rate])
-        skip = before * SAMPLE_RATE // rate
-        minutes.append(resample(around, rate, SAMPLE_RATE)[skip:skip + 60 * SAMPLE_RATE])
-    return to_int16(torch.cat(minutes).numpy()), note
+class Endless(io.FileIO):
+    """A file that seems a hundred times as long, and zero there. libsndfile guesses the length of an MP3 without a Xing
+    header from its size and its first frame, and reads no further."""
+
+    def seek(self, offset, whence=os.SEEK_SET):
+        """As of any file."""
+        if whence == os.SEEK_END:
+            return super().seek(100 * os.path.getsize(self.name) + offset)
+        return super().seek(offset, whence)
+
+    def readinto(self, buffer):
+        """As of any file."""
+        count = super().readinto(buffer)
+        if count == 0 and self.tell() > os.path.getsize(self.name):         # looking for a tag
+            buffer[:] = bytes(len(buffer))
+            count = len(buffer)
+        return count
 
 
 def try_to_read(path):
@@ -272,33 +318,40 @@ def try_to_read(path):
         return None, str(error).removeprefix(f"{path}: ") or type(error).__name__
 
 
-def read_clips(clips, skipped, unique, workers=None):
+def read_clips(clips, skipped, workers=None):
     """Decode clips on all cores, with a progress bar: yields (clip, waveform) of those that can be read, in order.
-    `skipped`, a list, gets a line for each of the others.
-
-    With `unique`, a sound that is there twice is used once. Raises InputError where the two differ in what is said of
-    them; without `unique`, as clips of an official set may, where the same file is in two splits.
-    """
+    `skipped`, a list, gets a line for each of the others. Raises InputError where a file is in two splits."""
     paths = [clip.path for clip in clips]
     megabytes = sum(os.path.getsize(path) for path in paths if os.path.exists(path)) // 2**20
     workers = cores() if workers is None else workers
     workers = min(workers, len(paths), megabytes // 4)          # for a few megabytes none is worth its start
     results = progress(in_threads(try_to_read, paths, workers), "decode", total=len(paths), unit=" files")
-    first = {}                                                  # clip of each sound
+    splits = {}
     for clip, (waveform, note) in zip(clips, results, strict=True):
+        if splits.setdefault(clip.path, clip.split) != clip.split:
+            raise InputError(f"{clip.name} is in two splits: {splits[clip.path]} and {clip.split}")
         if waveform is None:
             skipped.append(f"{clip.name}: {note}")
-            continue
-        sound = hashlib.sha256(waveform).digest() if unique else clip.path
-        other = first.setdefault(sound, clip)
-        differs = unique and (other.labels, other.group) != (clip.labels, clip.group)
-        if differs or other.split != clip.split:
+        else:
+            yield clip._replace(path=None, samples=len(waveform), note=note), waveform
+
+
+def read_own(clips, skipped, workers=None):
+    """The same for clips of one's own, where a sound may be there twice. One that decodes to the same samples is used
+    once; files of one folder and one name (a.wav, a.mp3), whose samples may differ a little, are made one group. Raises
+    InputError where two of the same sound differ in split, labels or group."""
+    stems = collections.Counter(os.path.splitext(clip.name)[0] for clip in clips)
+    first = {}                                                  # clip of each sound
+    for clip, waveform in read_clips(clips, skipped, workers):
+        other = first.setdefault(hashlib.sha256(waveform).digest(), clip)
+        if (other.split, other.labels, other.group) != (clip.split, clip.labels, clip.group):
             raise InputError(f"{other.name} and {clip.name} are the same sound, but not of the same split, labels and "
                              "group: keep one of them")
-        if other is not clip and unique:
+        if other is not clip:
             skipped.append(f"{clip.name}: the same sound as {other.name}")
             continue
-        yield clip._replace(path=None, samples=len(waveform), note=note), waveform
+        stem = os.path.splitext(clip.name)[0]
+        yield clip._replace(group=clip.group or stem * (stems[stem] > 1)), waveform
 
 
 def walk(folder):
@@ -352,50 +405,45 @@ def pack(clips, out, header, workers=None):
     shutil.rmtree(part, ignore_errors=True)         # of a packing that was interrupted
     part.mkdir(parents=True)
     packed, skipped = [], []
+    read = read_own if header["data"] in (None, *OWN) else read_clips
     with open(part / "audio.int16", "wb") as audio:
-        for clip, waveform in read_clips(clips, skipped, header["data"] not in OFFICIAL, workers):
-            audio.write(waveform.astype("<i2").tobytes())
+        for clip, waveform in read(clips, skipped, workers):
+            audio.write(waveform.astype("<i2"))
             packed.append(clip)
     if not packed:
         raise InputError(f"{out}: none of the {len(clips)} files is usable: {skipped[0]}, ...")
-    if header["data"] in ("folder", "csv"):
+    if header["data"] in OWN:
         packed = settle_splits(packed)
-    lines = [dict(header, skipped=skipped)]
-    lines += [dict(name=clip.name, labels=clip.labels, split=clip.split, group=clip.group, samples=clip.samples,
-                   note=clip.note) for clip in packed]
-    (part / "index.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with open(part / "index.jsonl", "w") as index:
+        print(json.dumps(dict(header, sample_rate=SAMPLE_RATE, skipped=skipped)), file=index)
+        for clip in packed:
+            print(json.dumps({name: getattr(clip, name) for name in PACKED}), file=index)
     part.rename(out)
 
 
+PACKED = ("name", "labels", "split", "group", "samples", "note")        # what index.jsonl tells of a clip
+
+
 def open_pack(folder):
-    """What `pack` wrote: a list of `Clip` and the header. Raises InputError where it is missing or damaged."""
-    clips, start = [], 0
-    audio, index = Path(folder) / "audio.int16", Path(folder) / "index.jsonl"
-    if not index.exists():
+    """What `pack` wrote: a list of `Clip` and the header. Raises InputError where it is missing or damaged, or of
+    another sample rate."""
+    clips, first = [], 0
+    audio, index = os.path.join(folder, "audio.int16"), os.path.join(folder, "index.jsonl")
+    if not os.path.exists(index):
         raise InputError(f"{folder}: holds no packed audio: `python datasets.py pack` packs a folder of recordings")
-    with reading(folder, "delete it and pack again"):
-        header, *lines = map(json.loads, index.read_text().splitlines())
+    with reading(folder, "delete it and pack again"), open(index) as lines:
+        header = json.loads(next(lines))
+        if header.get("sample_rate") != SAMPLE_RATE:
+            raise InputError(f"{folder}: was packed by another version of datasets.py, or not at {SAMPLE_RATE} Hz; "
+                             "pack again")
         for line in lines:
-            read = functools.partial(read_packed, audio, start, line["samples"])
-            clips.append(Clip(**dict(line, labels=tuple(line["labels"])), read=read))
-            start += line["samples"]
-        if 2 * start != os.path.getsize(audio):
+            clip = json.loads(line)
+            clips.append(Clip(clip["name"], tuple(clip["labels"]), clip["split"], clip["group"], None, clip["samples"],
+                              clip["note"], audio, first))
+            first += clip["samples"]
+        if 2 * first != os.path.getsize(audio):
             raise ValueError("audio.int16 is not as long as index.jsonl says")
     return clips, header
-
-
-def read_packed(path, first, samples, start=0, stop=None):
-    """Samples `start` to `stop` (None: all) of a recording that begins with sample `first` of audio.int16: int16."""
-    part = np.empty(min(samples, stop or samples) - start, "<i2")
-    with open(path, "rb", buffering=0) as file:     # one read: a mapped file would be fetched page by page
-        file.seek(2 * (first + start))
-        file.readinto(part)
-    return part
-
-
-def read_part(waveform, start=0, stop=None):
-    """The same of a waveform in memory."""
-    return waveform[start:stop]
 
 
 def open_unlabelled(data, seconds):
@@ -417,17 +465,331 @@ def open_unlabelled(data, seconds):
     if len(usable) < len(packed):
         say(f"{len(packed) - len(usable)} of {len(packed)} recordings are left out: shorter than a second, or test "
             "clips")
-
-    def hashed(clip):
-        return zlib.crc32((clip.group or clip.name).encode(errors="backslashreplace"))
-
-    groups = sorted({hashed(clip) for clip in usable})
+    hashes = [zlib.crc32((clip.group or clip.name).encode(errors="backslashreplace")) for clip in usable]
+    groups = sorted(set(hashes))
     limit = groups[min(max(len(groups) // 100, 16), len(groups) // 5)]
     trained, held_out = [], []
-    for clip in usable:
-        crops = math.ceil(clip.samples / round(seconds * SAMPLE_RATE))
-        (held_out if hashed(clip) < limit else trained).append(clip._replace(crops=crops))
+    for clip, number in zip(usable, hashes, strict=True):
+        (held_out if number < limit else trained).append(clip)
     return ClipSet(trained, seconds=seconds), ClipSet(held_out, seconds=seconds)
+
+
+# ------------------------------------------------------------------- the six data sets, and sets of one's own
+
+# A reader takes --root and returns all clips that its tables name, and the names of the classes in order, or None:
+# those of the clips, sorted. It raises InputError for a table that is missing; whatever else it raises is said to be a
+# malformed table.
+
+
+class Files:
+    """The files below a data set's root. Sets get unpacked, converted and moved in many ways: recordings are found by
+    their name, whatever folder they are in and whatever format they have become."""
+
+    def __init__(self, root):
+        self.root, self.tables, self.recordings = root, {}, {}
+        for path in walk(root):
+            if path.suffix.lower() in AUDIO:
+                self.recordings.setdefault(path.stem, path)
+            else:
+                self.tables.setdefault(path.name, path)
+
+    def table(self, *names):
+        """The path of the table that has one of these names. Raises InputError where there is none."""
+        for name in names:
+            if name in self.tables:
+                return self.tables[name]
+        raise InputError(f"{self.root}: no {' or '.join(names)} below it; is the data set's root right?")
+
+    def find(self, *names):
+        """The path of the recording that has one of these names, whatever its folder and ending, or None."""
+        for name in names:
+            if (stem := Path(name).stem) in self.recordings:
+                return self.recordings[stem]
+        return None
+
+
+def read_table(path, columns, delimiter=",", optional=()):
+    """Rows of a CSV file with a header line, as dictionaries. Raises InputError for a missing file, and for a column
+    that is missing or there twice."""
+    with reading(path, "is it a table, and is --data right?"), open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file, delimiter=delimiter)
+        reader.fieldnames = names = [name.strip() for name in reader.fieldnames or ["none"]]
+        if missing := [name for name in columns if name not in names]:
+            raise InputError(f"{path}: no column {', '.join(missing)}; it has {', '.join(names)}, separated by "
+                             f"{'tabs' if delimiter != ',' else 'commas'}")
+        if twice := [name for name in (*columns, *optional) if names.count(name) > 1]:
+            raise InputError(f"{path}: the column {twice[0]} is there twice")
+        rows = []
+        for row in reader:
+            if None in row or None in row.values():
+                raise InputError(f"{path}: line {reader.line_num} has too {'many' if None in row else 'few'} columns")
+            if any(row.values()):           # spreadsheets leave rows of commas
+                rows.append(row)
+    return rows
+
+
+def audioset(root, parts):
+    """AudioSet (Gemmeke et al. 2017). parts: which `<part>_segments.csv` to train on.
+
+    Of a video there is one clip. Tools name it ID, YID or with its times behind: what is named without may be the whole
+    video, beside the clip.
+    """
+    files = Files(root)
+    by_id = {}
+    for stem in sorted(files.recordings, key=len):
+        by_id[stem[:11]] = by_id[stem.removeprefix("Y")[:11]] = files.recordings[stem]
+    table = files.table("class_labels_indices.csv")
+    classes = {row["mid"]: row["display_name"] for row in read_table(table, ("mid", "display_name"))}
+    clips = []
+    for part in (*parts, "eval"):
+        table = files.table(f"{part}_segments.csv")
+        with reading(table), open(table, newline="", encoding="utf-8-sig") as file:
+            for row in csv.reader(file, skipinitialspace=True):
+                if row and not row[0].startswith("#"):
+                    name, _, _, mids = row
+                    labels = tuple(classes[mid.strip()] for mid in mids.split(","))
+                    clips.append(Clip(name, labels, "test" if part == "eval" else "train", path=by_id.get(name)))
+    return clips, list(classes.values())
+
+
+def esc50(root, esc10=False):
+    """ESC-50 (Piczak 2015), 50 classes in five folds; or ESC-10, ten of them."""
+    files = Files(root)
+    clips = []
+    for row in read_table(files.table("esc50.csv"), ("filename", "fold", "category", "esc10")):
+        if not esc10 or row["esc10"].strip().lower() == "true":
+            clips.append(Clip(row["filename"], (row["category"],), row["fold"], path=files.find(row["filename"])))
+    return clips, None
+
+
+def fsdkaggle2019(root, parts):
+    """FSDKaggle2019 (Fonseca et al. 2019) as Zenodo has it; train_curated.csv and train_noisy.csv of
+    Kaggle serve too, but the test labels only Zenodo has. parts: "curated", "noisy"."""
+    files = Files(root)
+    clips = []
+    for part in (*(f"train_{part}" for part in parts), "test"):
+        table = files.table(f"{part}_post_competition.csv", f"{part}.csv")
+        for row in read_table(table, ("fname", "labels")):
+            labels = tuple(row["labels"].split(","))
+            clips.append(Clip(row["fname"], labels, part.split("_")[0], path=files.find(row["fname"])))
+    return clips, None
+
+
+def dcase2019(root):
+    """DCASE 2019 task 1a: TAU Urban Acoustic Scenes 2019, development set (Mesaros et al. 2018).
+
+    Minutes of one place are cut into clips, named scene-city-place-clip-device: --validate holds out whole places.
+    """
+    files = Files(root)
+    clips = []
+    for split, table in (("train", "fold1_train.csv"), ("test", "fold1_evaluate.csv")):
+        for row in read_table(files.table(table), ("filename", "scene_label"), "\t"):
+            name = row["filename"]
+            # Test clips have no group: the official split is taken as it is, wherever its places lie.
+            place = Path(name).stem.rsplit("-", 2)[0] if split == "train" else ""
+            clips.append(Clip(name, (row["scene_label"],), split, place, files.find(name)))
+    return clips, None
+
+
+def magnatagatune(root, top=50):
+    """MagnaTagATune (Law et al. 2009): its most frequent tags; folders 0 to b train, c valid, d to f
+    test. Clips with none of these tags are left out."""
+    files = Files(root)
+    rows = read_table(files.table("annotations_final.csv"), ("clip_id", "mp3_path"), "\t")
+    tags = [name for name in rows[0] if name not in ("clip_id", "mp3_path")]
+    counts = {tag: sum(row[tag] == "1" for row in rows) for tag in tags}
+    classes = sorted(tags, key=counts.get, reverse=True)[:top]
+    clips = []
+    for row in rows:
+        name = row["mp3_path"]
+        labels = tuple(tag for tag in classes if row[tag] == "1")
+        split = {"c": "valid", "d": "test", "e": "test", "f": "test"}.get(name[:1], "train")
+        if labels:
+            clips.append(Clip(name, labels, split, path=files.find(name)))
+    return clips, classes
+
+
+def kinetics700(root):
+    """Kinetics-700 (Carreira et al. 2019), its sound only. Its test labels were held out: the
+    validation split is what is tested on."""
+    files = Files(root)
+    clips = []
+    for split, tables in (("train", ("train.csv", "kinetics700_train.csv", "kinetics_train.csv")),
+                          ("test", ("validate.csv", "val.csv", "kinetics700_val.csv", "kinetics_val.csv"))):
+        table = files.table(*tables)
+        for row in read_table(table, ("label", "youtube_id", "time_start", "time_end")):
+            start, end = int(float(row["time_start"])), int(float(row["time_end"]))
+            name = f"{row['youtube_id']}_{start:06}_{end:06}"
+            clips.append(Clip(name, (row["label"],), split, path=files.find(name, row["youtube_id"])))
+    return clips, None
+
+
+def folder(root):
+    """Your own sounds: a sub-folder a class."""
+    files = [path.relative_to(root) for path in audio_files(root)]
+    clips = [Clip(str(path), (path.parts[0],), path=Path(root, path)) for path in files if len(path.parts) > 1]
+    classes = {clip.labels[0] for clip in clips}
+    if not clips:
+        raise InputError(f"{root}: no sub-folders with recordings, one a class, in it")
+    splits = {"train", "training", "valid", "validation", "val", "test", "testing", "eval", "dev", "fold1", "fold2"}
+    if len({name.lower() for name in classes} & splits) > 1:
+        raise InputError(f"{root}: its folders {', '.join(sorted(classes)[:3])} look like splits, not classes: name "
+                         "the folder above the classes, or write a table with a column split (--data csv)")
+    if len(files) > len(clips):
+        say(f"{root}: {len(files) - len(clips)} recordings outside of its sub-folders are not used")
+    return clips, None
+
+
+def own_table(root):
+    """Your own sounds in a table: columns file (its path from the table's folder), labels (separated by ;) and,
+    if you like, split or fold (train, valid, test, or the number of a fold) and group (see `Clip`). Rows for the same
+    file add up their labels."""
+    optional = ("split", "fold", "group")
+    rows = read_table(root, ("file", "labels"), optional=optional)
+    if unused := rows and rows[0].keys() - {"file", "labels", *optional}:
+        say(f"{root}: not used: {', '.join(sorted(unused))}")
+    clips = {}
+    for row in rows:
+        path = Path(os.path.normpath(Path(root).parent / row["file"]))
+        if row["labels"].strip().startswith("["):
+            raise InputError(f"{root}: {row['labels']} looks like a list that was printed: separate labels by ;, as in "
+                             "dog;rain")
+        labels = [name.strip() for name in row["labels"].split(";") if name.strip()]
+        split = (row.get("split") or row.get("fold") or "").strip().lower()
+        split = {"val": "valid", "validation": "valid"}.get(split, split.lstrip("0"))       # fold 01 is fold 1
+        clip = Clip(row["file"], (), split, (row.get("group") or "").strip(), path if path.is_file() else None)
+        other = clips.setdefault(path, clip)
+        if (other.split, other.group) != (clip.split, clip.group):
+            raise InputError(f"{root}: {row['file']} is there twice, in different splits or groups")
+        clips[path] = other._replace(labels=tuple(dict.fromkeys([*other.labels, *labels])))
+    return list(clips.values()), None
+
+
+def settle_splits(clips):
+    """Clips of one's own, split: where none is, about a fifth is for testing, see `hold_out`. Raises InputError for a
+    group that is in two splits, and where no class has two groups."""
+    if any(clip.split for clip in clips):
+        first = {}
+        for clip in clips:
+            other = first.setdefault(clip.group or clip.name, clip)
+            if other.split != clip.split:
+                raise InputError(f"{other.name} ({other.split}) and {clip.name} ({clip.split}) are of the same group, "
+                                 "but in different splits")
+        return clips
+    tested = hold_out(clips, 5)
+    if not tested:
+        raise InputError("no class has two recordings (or groups of them), one to train on and one to test on")
+    return [clip._replace(split="test" if (clip.group or clip.name) in tested else "train") for clip in clips]
+
+
+def hold_out(clips, every):
+    """Names of groups to test on, a set: of each class one group in `every`, at least one where it has two.
+
+    A clip without a group is one by itself. A group with several labels counts for the rarest that other groups have
+    too. Which ones are held out depends on a hash of their names.
+    """
+    labels = collections.defaultdict(set)                           # of each group
+    for clip in clips:
+        labels[clip.group or clip.name].update(clip.labels)
+    size = collections.Counter(label for own in labels.values() for label in own)
+    count = collections.Counter()
+    held_out = set()
+    for group in sorted(labels, key=lambda name: hashlib.sha256(name.encode(errors="surrogateescape")).digest()):
+        shared = [label for label in sorted(labels[group]) if size[label] > 1]
+        if labels[group] and not shared:
+            continue                                                # the only one of its classes is trained on
+        rarest = min(shared, key=size.get, default=None)
+        count[rarest] += 1
+        if count[rarest] % every == 2:
+            held_out.add(group)
+    return held_out
+
+
+# Name: (reader, metric). None for a metric: accuracy if all clips have one label, else mAP.
+READERS = {
+    "synth": (None, "mAP"),
+    "audioset": (functools.partial(audioset, parts=("balanced_train", "unbalanced_train")), "mAP"),
+    "audioset-balanced": (functools.partial(audioset, parts=("balanced_train",)), "mAP"),
+    "esc50": (esc50, "accuracy"),
+    "esc10": (functools.partial(esc50, esc10=True), "accuracy"),
+    "fsdkaggle2019": (functools.partial(fsdkaggle2019, parts=("curated", "noisy")), "lwlrap"),
+    "fsdkaggle2019-curated": (functools.partial(fsdkaggle2019, parts=("curated",)), "lwlrap"),
+    "fsdkaggle2019-noisy": (functools.partial(fsdkaggle2019, parts=("noisy",)), "lwlrap"),
+    "dcase2019": (dcase2019, "accuracy"),
+    "magnatagatune": (magnatagatune, "MAUC"),
+    "kinetics700": (kinetics700, "accuracy"),
+    "folder": (folder, None),
+    "csv": (own_table, None),
+}
+OWN = ("folder", "csv")     # sets of one's own; of the others, clips and splits are taken as they are
+IN_MEMORY = 24      # hours of labelled clips that are decoded into memory, 115 MB each; more: `pack`
+
+
+def read_tables(data, root):
+    """A labelled set before its audio: (the clips that are there; a dictionary of data, classes, metric, and how many
+    clips are missing). Raises InputError where no clip is there."""
+    reader, metric = READERS[data]
+    if root is None:
+        raise InputError(f"--data {data} needs --root, the {'table' if data == 'csv' else 'folder where it lies'}")
+    with reading(root, "is it the data set's root, and are its tables whole?"):
+        named, classes = reader(root)
+    splits = {clip.split for clip in named}
+    if not (splits <= {""} or splits <= {"train", "valid", "test"} or all(split.isdecimal() for split in splits)):
+        raise InputError(f"{root}: split must be train, valid or test, or the number of a fold, of all clips, "
+                         f"not {', '.join(sorted(splits))}")
+    clips = [clip for clip in named if clip.path]
+    if not clips:
+        example = f", such as {named[0].name}" if named else ""
+        raise InputError(f"{root}: none of the {len(named)} recordings of {data} is there{example}; ffmpeg makes .flac "
+                         "of videos and .m4a")
+    classes = classes or sorted({label for clip in named for label in clip.labels})
+    if not classes:
+        raise InputError(f"{root}: its clips have no labels")
+    say_some("missing", [clip.name for clip in named if not clip.path], ", ")
+    if metric is None:
+        metric = "accuracy" if all(len(clip.labels) == 1 for clip in clips) else "mAP"
+    return clips, dict(data=data, classes=classes, metric=metric, missing=len(named) - len(clips))
+
+
+def load_labelled(data, root=None, workers=None):
+    """The labelled set of this name in READERS, from its root or from where `pack --data` put it: a `ClipSet`.
+
+    Says what is there and what is not. Raises InputError for what is missing or damaged.
+    """
+    skipped = []
+    if data == "synth":
+        clips, header = synth_labelled(), dict(classes=list(SOUND_CLASSES), metric="mAP", missing=0)
+    elif root is not None and (Path(root) / "audio.int16").exists():
+        clips, header = open_pack(root)
+        skipped = header["skipped"]
+        if header["data"] != data:
+            raise InputError(f"{root}: holds packed {header['data'] or 'audio without labels'}, not {data}: name it "
+                             f"with --data, or pack the data set with --data {data}")
+    else:
+        named, header = read_tables(data, root)
+        clips, hours = [], 0.0
+        for clip, waveform in (read_own if data in OWN else read_clips)(named, skipped, workers):
+            clips.append(clip._replace(audio=waveform))
+            hours += clip.samples / SAMPLE_RATE / 3600
+            if hours > IN_MEMORY:
+                raise InputError(f"{root}: more than {IN_MEMORY} hours, too much to decode in each run: "
+                                 f"first python datasets.py pack {root} OUT --data {data}, then --root OUT")
+        if not clips:
+            raise InputError(f"{root}: none of the {len(named)} recordings can be read: {skipped[0]}, ...")
+        if data in OWN:
+            clips = settle_splits(clips)
+    with reading(root, "pack it again"):
+        result = ClipSet(clips, header["classes"], header["metric"])
+    hours = sum(clip.samples for clip in clips) / SAMPLE_RATE / 3600
+    say(f"{data}: {len(result)} clips, {hours:.2f} hours; {header['missing']} missing, {len(skipped)} skipped; "
+        f"scored by {result.metric}")
+    counts = zip(result.classes, result.clips_by_class(), strict=True)
+    say_some(f"{len(result.classes)} classes", [f"{name} {len(own)}" for name, own in counts], ", ")
+    say_some("skipped", skipped)
+    say_some("not as long as they say", [f"{clip.name}: {clip.note}" for clip in clips if clip.note])
+    if header["missing"] + len(skipped) > len(clips):
+        say(f"warning: more than half of {data} is missing or unreadable; is all of it below {root}?")
+    return result
 
 
 # -------------------------------------------------------------------------- synth: sounds from formulas
@@ -556,24 +918,20 @@ def synth_clip(index, split="unlabelled", seconds=5.0):
     level = 10 ** (rng.uniform(-25, -1) / 20)
     return np.round(waveform / np.abs(waveform).max() * level * 32768).astype(np.int16), events
 
+
 @functools.cache
 def synth_waveform(index, split, seconds):
     """The waveform of `synth_clip`, kept once it is made: 2,000 of 5 s take 320 MB."""
     return synth_clip(index, split, seconds)[0]
 
 
-def read_synth(index, split, seconds, start=0, stop=None):
-    """A part of it."""
-    return synth_waveform(index, split, seconds)[start:stop]
-
-
 def synth_unlabelled(split, count, seconds):
     """Synthetic clips for pre-training, made when they are drawn: a list of `Clip`."""
     return [Clip(f"synth/{split}/{i}", samples=round(seconds * SAMPLE_RATE),
-                 read=functools.partial(read_synth, i, split, seconds)) for i in range(count)]
+                 audio=functools.partial(synth_waveform, i, split, seconds)) for i in range(count)]
 
 
-def synth_set(train=1000, test=500):
+def synth_labelled(train=1000, test=500):
     """Synthetic clips, labelled with the classes of the events in them: a list of `Clip`."""
     clips = []
     for n in progress(range(train + test), "synth", unit=" clips"):
@@ -581,306 +939,8 @@ def synth_set(train=1000, test=500):
         waveform, events = synth_clip(i, split)
         heard = {kind for _, _, kind in events}
         labels = tuple(kind for kind in SOUND_CLASSES if kind in heard)
-        clips.append(Clip(f"synth/{split}/{i}", labels, split, samples=len(waveform),
-                          read=functools.partial(read_part, waveform)))
+        clips.append(Clip(f"synth/{split}/{i}", labels, split, samples=len(waveform), audio=waveform))
     return clips
-
-
-# ------------------------------------------------------------------- the six data sets, and sets of one's own
-
-# A reader takes --root and returns all clips that its tables name, and the names of the classes in order, or None:
-# those of the clips, sorted. It raises InputError for a table that is missing; whatever else it raises is said to be a
-# malformed table.
-
-
-class Files:
-    """The files below a data set's root. Sets get unpacked, converted and moved in many ways: recordings are found by
-    their name, whatever folder they are in and whatever format they have become."""
-
-    def __init__(self, root):
-        self.root, self.tables, self.recordings = root, {}, {}
-        for path in walk(root):
-            if path.suffix.lower() in AUDIO:
-                self.recordings.setdefault(path.stem, path)
-            else:
-                self.tables.setdefault(path.name, path)
-
-    def table(self, *names):
-        """The path of the table that has one of these names. Raises InputError where there is none."""
-        for name in names:
-            if name in self.tables:
-                return self.tables[name]
-        raise InputError(f"{self.root}: no {' or '.join(names)} below it; is the data set's root right?")
-
-    def find(self, *names):
-        """The path of the recording that has one of these names, whatever its folder and ending, or None."""
-        for name in names:
-            if (stem := Path(name).stem) in self.recordings:
-                return self.recordings[stem]
-        return None
-
-
-def read_table(path, columns, delimiter=","):
-    """Rows of a CSV file with a header line, as dictionaries. Raises InputError for a missing file or column."""
-    with reading(path, "is it a table, and is --data right?"), open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, delimiter=delimiter)
-        names = reader.fieldnames or ["none"]
-        if missing := [name for name in columns if name not in names]:
-            raise InputError(f"{path}: no column {', '.join(missing)}; it has {', '.join(names)}, separated by "
-                             f"{'tabs' if delimiter != ',' else 'commas'}")
-        rows = []
-        for row in reader:
-            if None in row or None in row.values():
-                raise InputError(f"{path}: line {reader.line_num} has too {'many' if None in row else 'few'} columns")
-            if any(row.values()):           # spreadsheets leave rows of commas
-                rows.append(row)
-    return rows
-
-
-def audioset(root, parts):
-    """AudioSet (Gemmeke et al. 2017). parts: which `<part>_segments.csv` to train on.
-
-    Of a video there is one clip. Tools name it ID, YID or with its times behind: what is named without may be the whole
-    video, beside the clip.
-    """
-    files = Files(root)
-    by_id = {}
-    for stem in sorted(files.recordings, key=len):
-        by_id[stem[:11]] = by_id[stem.removeprefix("Y")[:11]] = files.recordings[stem]
-    table = files.table("class_labels_indices.csv")
-    classes = {row["mid"]: row["display_name"] for row in read_table(table, ("mid", "display_name"))}
-    clips = []
-    for part in (*parts, "eval"):
-        table = files.table(f"{part}_segments.csv")
-        with reading(table), open(table, newline="", encoding="utf-8-sig") as file:
-            for row in csv.reader(file, skipinitialspace=True):
-                if row and not row[0].startswith("#"):
-                    name, _, _, mids = row
-                    labels = tuple(classes[mid.strip()] for mid in mids.split(","))
-                    clips.append(Clip(name, labels, "test" if part == "eval" else "train", path=by_id.get(name)))
-    return clips, list(classes.values())
-
-
-def esc50(root, esc10=False):
-    """ESC-50 (Piczak 2015), 50 classes in five folds; or ESC-10, ten of them."""
-    files = Files(root)
-    clips = []
-    for row in read_table(files.table("esc50.csv"), ("filename", "fold", "category", "esc10")):
-        if not esc10 or row["esc10"].strip().lower() == "true":
-            clips.append(Clip(row["filename"], (row["category"],), row["fold"], path=files.find(row["filename"])))
-    return clips, None
-
-
-def fsdkaggle2019(root, parts):
-    """FSDKaggle2019 (Fonseca et al. 2019) as Zenodo has it; train_curated.csv and train_noisy.csv of
-    Kaggle serve too, but the test labels only Zenodo has. parts: "curated", "noisy"."""
-    files = Files(root)
-    clips = []
-    for part in (*(f"train_{part}" for part in parts), "test"):
-        table = files.table(f"{part}_post_competition.csv", f"{part}.csv")
-        for row in read_table(table, ("fname", "labels")):
-            labels = tuple(row["labels"].split(","))
-            clips.append(Clip(row["fname"], labels, part.split("_")[0], path=files.find(row["fname"])))
-    return clips, None
-
-
-def dcase2019(root):
-    """DCASE 2019 task 1a: TAU Urban Acoustic Scenes 2019, development set (Mesaros et al. 2018).
-
-    Minutes of one place are cut into clips, named scene-city-place-clip-device: --validate holds out whole places.
-    """
-    files = Files(root)
-    clips = []
-    for split, table in (("train", "fold1_train.csv"), ("test", "fold1_evaluate.csv")):
-        for row in read_table(files.table(table), ("filename", "scene_label"), "\t"):
-            name = row["filename"]
-            # Test clips have no group: the official split is taken as it is, wherever its places lie.
-            place = Path(name).stem.rsplit("-", 2)[0] if split == "train" else ""
-            clips.append(Clip(name, (row["scene_label"],), split, place, files.find(name)))
-    return clips, None
-
-
-def magnatagatune(root, top=50):
-    """MagnaTagATune (Law et al. 2009): its most frequent tags; folders 0 to b train, c valid, d to f
-    test. Clips with none of these tags are left out."""
-    files = Files(root)
-    rows = read_table(files.table("annotations_final.csv"), ("clip_id", "mp3_path"), "\t")
-    tags = [name for name in rows[0] if name not in ("clip_id", "mp3_path")]
-    counts = {tag: sum(row[tag] == "1" for row in rows) for tag in tags}
-    classes = sorted(tags, key=counts.get, reverse=True)[:top]
-    clips = []
-    for row in rows:
-        name = row["mp3_path"]
-        labels = tuple(tag for tag in classes if row[tag] == "1")
-        split = {"c": "valid", "d": "test", "e": "test", "f": "test"}.get(name[:1], "train")
-        if labels:
-            clips.append(Clip(name, labels, split, path=files.find(name)))
-    return clips, classes
-
-
-def kinetics700(root):
-    """Kinetics-700 (Carreira et al. 2019), its sound only. Its test labels were held out: the
-    validation split is what is tested on."""
-    files = Files(root)
-    clips = []
-    for split, tables in (("train", ("train.csv", "kinetics700_train.csv", "kinetics_train.csv")),
-                          ("test", ("validate.csv", "val.csv", "kinetics700_val.csv", "kinetics_val.csv"))):
-        table = files.table(*tables)
-        for row in read_table(table, ("label", "youtube_id", "time_start", "time_end")):
-            start, end = int(float(row["time_start"])), int(float(row["time_end"]))
-            name = f"{row['youtube_id']}_{start:06}_{end:06}"
-            clips.append(Clip(name, (row["label"],), split, path=files.find(name, row["youtube_id"])))
-    return clips, None
-
-
-def folder(root):
-    """Your own sounds: a sub-folder a class."""
-    files = [path.relative_to(root) for path in audio_files(root)]
-    clips = [Clip(str(path), (path.parts[0],), path=Path(root, path)) for path in files if len(path.parts) > 1]
-    classes = {clip.labels[0] for clip in clips}
-    if not clips:
-        raise InputError(f"{root}: no sub-folders with recordings, one a class, in it")
-    splits = {"train", "training", "valid", "validation", "val", "test", "testing", "eval", "dev", "fold1", "fold2"}
-    if len({name.lower() for name in classes} & splits) > 1:
-        raise InputError(f"{root}: its folders {', '.join(sorted(classes)[:3])} look like splits, not classes: name "
-                         "the folder above the classes, or write a table with a column split (--data csv)")
-    if len(files) > len(clips):
-        say(f"{root}: {len(files) - len(clips)} recordings outside of its sub-folders are not used")
-    return clips, None
-
-
-def own_table(root):
-    """Your own sounds in a table: columns file (its path from the table's folder), labels (separated by ;) and,
-    if you like, split or fold (train, valid, test, or the number of a fold) and group (see `Clip`). Rows for the same
-    file add up their labels."""
-    rows = read_table(root, ("file", "labels"))
-    if unused := rows and rows[0].keys() - {"file", "labels", "split", "fold", "group"}:
-        say(f"{root}: not used: {', '.join(sorted(unused))}")
-    clips = {}
-    for row in rows:
-        path = Path(os.path.normpath(Path(root).parent / row["file"]))
-        labels = [name.strip() for name in row["labels"].split(";") if name.strip()]
-        split = (row.get("split") or row.get("fold") or "").strip().lower()
-        split = {"val": "valid", "validation": "valid"}.get(split, split.lstrip("0"))       # fold 01 is fold 1
-        clip = Clip(row["file"], (), split, (row.get("group") or "").strip(), path if path.is_file() else None)
-        other = clips.setdefault(path, clip)
-        if (other.split, other.group) != (clip.split, clip.group):
-            raise InputError(f"{root}: {row['file']} is there twice, in different splits or groups")
-        clips[path] = other._replace(labels=tuple(dict.fromkeys([*other.labels, *labels])))
-    return list(clips.values()), None
-
-
-def settle_splits(clips):
-    """Clips of one's own, split: where none is, of each (first) class every fifth group, in order of a hash of their
-    names, is for testing; a clip without a group is one. Raises InputError for a group that is in two splits."""
-    if any(clip.split for clip in clips):
-        first = {}
-        for clip in clips:
-            other = first.setdefault(clip.group or clip.name, clip)
-            if other.split != clip.split:
-                raise InputError(f"{other.name} ({other.split}) and {clip.name} ({clip.split}) are of the same group, "
-                                 "but in different splits")
-        return clips
-
-    def hashed(name):
-        return hashlib.sha256(name.encode(errors="surrogateescape")).digest()
-
-    class_of = {}                                       # of the groups
-    for clip in clips:
-        class_of.setdefault(clip.group or clip.name, clip.labels[:1])
-    splits = {}
-    met = collections.Counter()
-    for group in sorted(class_of, key=hashed):
-        met[class_of[group]] += 1
-        splits[group] = "test" if met[class_of[group]] % 5 == 2 else "train"
-    return [clip._replace(split=splits[clip.group or clip.name]) for clip in clips]
-
-
-# Name: (reader, metric). None for a metric: accuracy if all clips have one label, else mAP.
-READERS = {
-    "synth": (None, "mAP"),
-    "audioset": (functools.partial(audioset, parts=("balanced_train", "unbalanced_train")), "mAP"),
-    "audioset-balanced": (functools.partial(audioset, parts=("balanced_train",)), "mAP"),
-    "esc50": (esc50, "accuracy"),
-    "esc10": (functools.partial(esc50, esc10=True), "accuracy"),
-    "fsdkaggle2019": (functools.partial(fsdkaggle2019, parts=("curated", "noisy")), "lwlrap"),
-    "fsdkaggle2019-curated": (functools.partial(fsdkaggle2019, parts=("curated",)), "lwlrap"),
-    "fsdkaggle2019-noisy": (functools.partial(fsdkaggle2019, parts=("noisy",)), "lwlrap"),
-    "dcase2019": (dcase2019, "accuracy"),
-    "magnatagatune": (magnatagatune, "MAUC"),
-    "kinetics700": (kinetics700, "accuracy"),
-    "folder": (folder, None),
-    "csv": (own_table, None),
-}
-OFFICIAL = READERS.keys() - {"folder", "csv"}       # whose clips and splits are taken as they are
-IN_MEMORY = 24      # hours of labelled clips that are decoded into memory, 115 MB each; more: `pack`
-
-
-def read_tables(data, root):
-    """A labelled set before its audio: (the clips that are there; a dictionary of data, classes, metric, and how many
-    clips are missing). Raises InputError where no clip is there."""
-    reader, metric = READERS[data]
-    if root is None:
-        raise InputError(f"--data {data} needs --root, the {'table' if data == 'csv' else 'folder where it lies'}")
-    with reading(root, "is it the data set's root, and are its tables whole?"):
-        named, classes = reader(root)
-    splits = {clip.split for clip in named}
-    if not (splits <= {""} or splits <= {"train", "valid", "test"} or all(split.isdecimal() for split in splits)):
-        raise InputError(f"{root}: split must be train, valid or test, or the number of a fold, of all clips, "
-                         f"not {', '.join(sorted(splits))}")
-    clips = [clip for clip in named if clip.path]
-    if not clips:
-        example = f", such as {named[0].name}" if named else ""
-        raise InputError(f"{root}: none of the {len(named)} recordings of {data} is there{example}; ffmpeg makes .flac "
-                         "of videos and .m4a")
-    classes = classes or sorted({label for clip in named for label in clip.labels})
-    if not classes:
-        raise InputError(f"{root}: its clips have no labels")
-    say_some("missing", [clip.name for clip in named if not clip.path], ", ")
-    if metric is None:
-        metric = "accuracy" if all(len(clip.labels) == 1 for clip in clips) else "mAP"
-    return clips, dict(data=data, classes=classes, metric=metric, missing=len(named) - len(clips))
-
-
-def load_labelled(data, root=None, workers=None):
-    """The labelled set of this name in READERS, from its root or from where `pack --data` put it: a `ClipSet`.
-
-    Says what is there and what is not. Raises InputError for what is missing or damaged.
-    """
-    skipped = []
-    if data == "synth":
-        clips, header = synth_set(), dict(classes=list(SOUND_CLASSES), metric="mAP", missing=0)
-    elif root is not None and (Path(root) / "audio.int16").exists():
-        clips, header = open_pack(root)
-        skipped = header["skipped"]
-        if header["data"] != data:
-            raise InputError(f"{root}: holds packed {header['data'] or 'audio without labels'}, not {data}: name it "
-                             f"with --data, or pack the data set with --data {data}")
-    else:
-        named, header = read_tables(data, root)
-        clips, hours = [], 0.0
-        for clip, waveform in read_clips(named, skipped, data not in OFFICIAL, workers):
-            clips.append(clip._replace(read=functools.partial(read_part, waveform)))
-            hours += clip.samples / SAMPLE_RATE / 3600
-            if hours > IN_MEMORY:
-                raise InputError(f"{root}: more than {IN_MEMORY} hours, too much to decode in each run: "
-                                 f"first python datasets.py pack {root} OUT --data {data}, then --root OUT")
-        if not clips:
-            raise InputError(f"{root}: none of the {len(named)} recordings can be read: {skipped[0]}, ...")
-        if data not in OFFICIAL:
-            clips = settle_splits(clips)
-    with reading(root, "pack it again"):
-        result = ClipSet(clips, header["classes"], header["metric"])
-    hours = sum(clip.samples for clip in clips) / SAMPLE_RATE / 3600
-    say(f"{data}: {len(result)} clips, {hours:.2f} hours; {header['missing']} missing, {len(skipped)} skipped; "
-        f"scored by {result.metric}")
-    counts = zip(result.classes, result.clips_by_class(), strict=True)
-    say_some(f"{len(result.classes)} classes", [f"{name} {len(own)}" for name, own in counts], ", ")
-    say_some("skipped", skipped)
-    say_some("not as long as they say", [f"{clip.name}: {clip.note}" for clip in clips if clip.note])
-    if header["missing"] + len(skipped) > len(clips):
-        say(f"warning: more than half of {data} is missing or unreadable; is all of it below {root}?")
-    return result
 
 
 # ---------------------------------------------------------------------------------------------- batches
@@ -898,61 +958,58 @@ def derive_seed(*numbers):
 
 
 class ClipStream:
-    """Crop n of an endless stream of shuffled epochs: (int16 waveform, the number of its clip).
+    """An endless stream of shuffled epochs of random crops.
 
-    With `clips_by_class` the stream is balanced (Sec. 4.1): first a class is drawn, then one of its clips.
-    Clip and crop depend on (seed, n) only, not on which process draws them or what was drawn before.
+    In an epoch a labelled clip comes once, and of unlabelled sound all hours count the same: a recording as long as n
+    crops comes ceil(n) times. With `clips_by_class` the stream is balanced instead (Sec. 4.1): first a class is drawn,
+    then one of its clips. Clip and crop depend on the seed and their place n in the stream only, not on which process
+    draws them or what was drawn before.
     """
 
     def __init__(self, source, seed, clips_by_class=None):
         self.source, self.seed = source, seed
-        self.ends = np.cumsum([clip.crops for clip in source.clips])        # of each clip's crops in an epoch
+        crops = np.ones(len(source), int)
+        if not source.classes:
+            crops = np.ceil(source.samples / round(source.seconds * SAMPLE_RATE)).astype(int)
+        self.ends = np.cumsum(crops)                                # of each clip's crops in an epoch
         self.clips_by_class = clips_by_class and [clips for clips in clips_by_class if clips]
 
-    def number(self, n):
-        """Which clip comes n-th in the stream."""
+    def numbers(self, places):
+        """Which clips come at these places, (B,) in order, of the stream: (B,)."""
         if self.clips_by_class:
-            rng = np.random.default_rng([1, self.seed, n])
-            clips = self.clips_by_class[rng.integers(len(self.clips_by_class))]
-            return clips[rng.integers(len(clips))]
-        epoch, position = divmod(n, int(self.ends[-1]))
-        crop = shuffled(int(self.ends[-1]), self.seed, epoch)[position]
-        return int(np.searchsorted(self.ends, crop, "right"))
+            return np.array([self.balanced(n) for n in places])
+        total = int(self.ends[-1])                                  # crops in an epoch
+        epochs, crops = np.divmod(places, total)
+        orders = [shuffled(total, self.seed, epoch)[crops[epochs == epoch]] for epoch in np.unique(epochs)]
+        return np.searchsorted(self.ends, np.concatenate(orders), "right")
 
-    def __getitem__(self, n):
-        i = self.number(n)
-        return self.source.crop(i, np.random.default_rng([self.seed, n])), i
+    def balanced(self, n):
+        """Which clip comes n-th where each class is equally frequent."""
+        rng = np.random.default_rng([1, self.seed, n])
+        clips = self.clips_by_class[rng.integers(len(self.clips_by_class))]
+        return clips[rng.integers(len(clips))]
 
-
-def collate(clips, samples=None):
-    """Pad (waveform (S,) int16, number) pairs with zeros: waveform (B, S), lengths (B,), numbers (B,).
-
-    S is `samples`, or the length of the longest.
-    """
-    lengths = torch.tensor([len(waveform) for waveform, _ in clips])
-    waveform = torch.zeros(len(clips), samples or int(lengths.max()), dtype=torch.int16,
-                           pin_memory=torch.cuda.is_available())
-    for row, (clip, _) in zip(waveform.numpy(), clips, strict=True):
-        row[:len(clip)] = clip
-    return waveform, lengths, torch.tensor([number for _, number in clips])
+    def batch(self, first, count, samples):
+        """The crops `first` and on: waveform (B, S) int16, lengths (B,), and the numbers (B,) of their clips."""
+        places = np.arange(first, first + count)
+        numbers = self.numbers(places)
+        generators = [np.random.default_rng([self.seed, n]) for n in places]
+        return *self.source.batch(numbers, generators, samples), numbers
 
 
 def batches(source, batch_size, updates, seed, first=0, rank=0, world=1, workers=None, samples=None,
             clips_by_class=None):
-    """Batches for updates `first` to `updates`: the part of process `rank`, of `world`, of each global batch.
+    """Batches for updates `first` to `updates`: the part of process `rank`, of `world`, of each global batch, as
+    `ClipStream.batch` gives it.
 
-    Update u draws crops u * batch_size and on of the `ClipStream`, whatever the number of processes. Each
-    batch is as `collate` gives it, padded to `samples` or to its longest clip. `workers` threads read ahead
-    (None: with a GPU one a core, up to 8; else one).
+    Update u draws crops u * batch_size and on of the `ClipStream`, whatever the number of processes. Clips are padded
+    to `samples`, or to the longest of the batch. `workers` threads read ahead (None: two with a GPU, else one).
     """
     stream, local_batch = ClipStream(source, seed, clips_by_class), batch_size // world
     if workers is None:
-        workers = min(8, cores()) if torch.cuda.is_available() else 1
-
-    def read(start):
-        return collate([stream[n] for n in range(start, start + local_batch)], samples)
-
-    return in_threads(read, range(first * batch_size + rank * local_batch, updates * batch_size, batch_size), workers)
+        workers = 2 if torch.cuda.is_available() else 1
+    starts = range(first * batch_size + rank * local_batch, updates * batch_size, batch_size)
+    return in_threads(lambda start: stream.batch(start, local_batch, samples), starts, workers)
 
 
 # ------------------------------------------------------------------- what the three scripts have in common
@@ -1052,16 +1109,18 @@ def in_range(kind, low, high):
 
 def run_script(main):
     """Run a script's main function: what the user can mend ends in one line and exit code 2."""
-    sys.stdout.reconfigure(errors="backslashreplace")       # file names may hold anything
+    if hasattr(sys.stdout, "reconfigure"):                  # not in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")   # file names may hold anything
     try:
         return main()
     except (InputError, OSError) as error:
         message, code = str(error), 2
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-            message, code = "out of memory: give a smaller --micro-batch or --size, or shorter recordings", 2
-        else:
+    except (MemoryError, torch.OutOfMemoryError):
+        message, code = "out of memory: give a smaller --micro-batch or --size, or shorter recordings", 2
+    except RuntimeError as error:
+        if not re.search("[Nn]o working C.. compiler|working triton", str(error)):
             raise
+        message, code = "--compile found no C++ compiler, or no Triton for the GPU: install it, or leave --compile out", 2
     except KeyboardInterrupt:
         message, code = "interrupted", 130
     tqdm.write(f"{Path(sys.argv[0]).name}: {message}", sys.stderr)         # below a bar, not into it

@@ -31,8 +31,8 @@ from torch.nn.parallel import DistributedDataParallel
 import augment
 import metrics
 from conformer import BatchNorm
-from datasets import (READERS, InputError, Parser, batches, collate, derive_seed, find_device, in_range,
-                      load_labelled, progress, rank, read_audio, reading, run_script, say, world_size, write_whole)
+from datasets import (READERS, InputError, Parser, batches, derive_seed, find_device, hold_out, in_range, load_labelled,
+                      progress, rank, read_audio, reading, run_script, say, world_size, write_whole)
 from frontend import HOP, MELS, SAMPLE_RATE, LogMel, frame_count, padding_mask
 from pretrain import (add_running_options, all_reduce, autocast, compile_blocks, fetch, init_distributed, leave,
                       load_checkpoint, load_encoder, resume, save_checkpoint, step_if_finite, training_bar)
@@ -79,21 +79,29 @@ class Classifier(nn.Module):
     head "frames" is AudioSet's: a linear layer at each step, then linear softmax pooling. head "mean" is that of
     all other tasks: embeddings averaged over time, then a linear layer. head "stats", not the paper's, sees their
     standard deviation over time too (Snyder et al. 2017), which with few labels is worth much; its linear layer gets
-    its input standardised over the batch, as in MAE's linear probe (He et al. 2022).
+    its input standardised over the batch, as in MAE's linear probe (He et al. 2022). With `freeze` only the head is
+    trained, and the encoder has no dropout.
     """
 
-    def __init__(self, encoder, classes, head="mean", dropout=0.1):
+    def __init__(self, encoder, classes, head="mean", dropout=0.1, freeze=False):
         super().__init__()
         if head not in (*POOLINGS, "frames"):
             raise ValueError(f"no head '{head}'")
-        self.encoder, self.head = encoder, head
+        self.encoder, self.head, self.freeze = encoder, head, freeze
         self.single_label = False       # `load_run` sets it for what --loss ce trained: softmax, not sigmoids
+        encoder.requires_grad_(not freeze)
         encoder.output_proj.requires_grad_(False)       # only pre-training needs these two, and
         encoder.mask_embedding.requires_grad_(False)    # DDP refuses unused parameters
         dim = encoder.settings["dim"] * (1 if head == "frames" else POOLINGS[head][1])
         self.standardise = BatchNorm(dim, affine=False) if head == "stats" else None
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(dim, classes)
+
+    def train(self, mode=True):
+        """Training mode, or evaluation mode, in which a frozen encoder stays."""
+        super().train(mode)
+        self.encoder.train(mode and not self.freeze)
+        return self
 
     def frame_logits(self, x, padding_mask=None):
         """Embeddings (B, L, D), padding_mask (B, L) or None -> logits (B, L, C)."""
@@ -212,25 +220,22 @@ def main():
 
 def run(args, data, fold, init, device, out):
     """One run, or the rest of it: train a model on all folds but `fold`, and test it on that. Returns its score."""
-    training, valid, test = split(data, fold, args)
-    targets = test.targets(range(len(test)))
-    measure(data.metric, torch.zeros(targets.shape), targets)           # finds out early where it has no answer
-    checkpoint = resume(args, out, "finetune.py", data.digest())
+    training, test = split(data, fold, args)
+    measure(data.metric, torch.zeros(len(test), len(data.classes)), test)           # finds out early if it has no answer
+    digest = data.digest()
+    checkpoint = resume(args, out, "finetune.py", digest)
     if (out / "result.json").exists():
         return json.loads((out / "result.json").read_text())["score"]
-    began = time.time()
+    began = time.perf_counter()
     model, frontend = build(args, training, init, device)
-    train(model, frontend, training, args, out, data.digest(), checkpoint)
+    train(model, frontend, training, args, out, digest, checkpoint)
     save_checkpoint(out / "model.pt", model, frontend, settings=model.encoder.settings, classes=data.classes,
                     head=args.head, script="finetune.py", args=vars(args))
-    score = evaluate(model, frontend, test, args)
-    score_valid = evaluate(model, frontend, valid, args) if len(valid) else None
-    minutes = (time.time() - began) / 60
-    result = dict(metric=data.metric, score=score, valid=score_valid, train=training.fingerprint(),
-                  test=test.fingerprint(), minutes=round(minutes, 2), args=vars(args))
-    say(f"{out}: {data.metric} {score:.3f} on {len(test)} clips; {minutes:.1f} min")
-    if score_valid is not None:
-        say(f"    validation: {score_valid:.3f} on {len(valid)} clips")
+    score = measure(data.metric, compute_logits(model, frontend, test, args), test)
+    minutes = (time.perf_counter() - began) / 60
+    result = dict(metric=data.metric, score=score, train=training.fingerprint(), test=test.fingerprint(),
+                  minutes=round(minutes, 2), args=vars(args))
+    say(f"{out}: {data.metric} {score:.3f} on {len(test)} {'validation ' * args.validate}clips; {minutes:.1f} min")
     say(f"    trained on {result['train']}, {args.updates * args.batch_size / len(training):.0f} epochs")
     say(f"    scored on {result['test']}")
     if rank() == 0:
@@ -245,32 +250,33 @@ def folds_of(data):
 
 
 def split(data, fold, args):
-    """Training, validation and test set; see --fold, --fraction and --validate. Raises InputError for a fold that is
-    not there, and where there are too few clips."""
+    """Training and test set; see --fold, --fraction and --validate, with which validation clips take the place of test
+    clips. Raises InputError for a fold that is not there, and where there are too few clips."""
     folds = folds_of(data)
     if fold not in (None, *folds):
         raise InputError(f"--fold {fold}: {args.data} has {', '.join(folds) or 'no folds; leave it out'}")
     if folds:
         fold = fold or folds[0]
-        following = folds[(folds.index(fold) + 1) % len(folds)]
         test = data.splits == fold
-        valid = (data.splits == following) & args.validate & ~test
-        training = ~test & ~valid
+        training = ~test
+        following = folds[(folds.index(fold) + 1) % len(folds)]
+        valid = training & (data.splits == following)
     else:
         training, valid, test = (data.splits == name for name in ("train", "valid", "test"))
         if args.validate and not valid.any():
-            of_group = {data.groups[i]: i for i in np.flatnonzero(training)[::-1]}      # the first clip of each
-            kept = data.subset(sorted(of_group.values())).fraction(0.9, args.seed)
-            valid = training & ~np.isin(data.groups, kept.groups)
-            training = training & ~valid
-    if not training.any() or not test.any() or args.validate and not valid.any():
-        raise InputError(f"{args.data}: there are {training.sum()} clips to train on, {valid.sum()} to validate and "
-                         f"{test.sum()} to test on: too few")
-    training, valid, test = (data.subset(np.flatnonzero(part)) for part in (training, valid, test))
+            held_out = hold_out([data.clips[i] for i in np.flatnonzero(training)], 10)
+            valid = training & np.array([group in held_out for group in data.groups])
+    if args.validate:
+        training = training & ~valid
+        test = valid
+    if not training.any() or not test.any():
+        raise InputError(f"{args.data}: there are {training.sum()} clips to train on and {test.sum()} to "
+                         f"{'validate' if args.validate else 'test'} on: too few")
+    training, test = data.subset(np.flatnonzero(training)), data.subset(np.flatnonzero(test))
     if args.fraction < 1:
         training = training.fraction(args.fraction, args.seed)
     training.seconds = args.seconds
-    return training, valid, test
+    return training, test
 
 
 def build(args, training, init, device):
@@ -281,15 +287,15 @@ def build(args, training, init, device):
     else:
         encoder, frontend = Wav2Vec2(args.size or "tiny"), LogMel()
         some = np.linspace(0, len(training) - 1, min(len(training), 512)).astype(int)
-        frontend.fit_normalization(collate([(training.waveform(i), 0)])[:2] for i in some)
-    model = Classifier(encoder, len(training.classes), args.head, args.head_dropout)
+        frontend.fit_normalization(training.batch([i]) for i in some)
+    model = Classifier(encoder, len(training.classes), args.head, args.head_dropout, args.freeze)
     if args.compile:
         compile_blocks(encoder)
     return model.to(device).train(), frontend.to(device)
 
 
-def train(model, frontend, training, args, out, data, checkpoint):
-    """Fine-tune in place, from the beginning or from a checkpoint. `data`, their digest, goes into checkpoints. Raises
+def train(model, frontend, training, args, out, digest, checkpoint):
+    """Fine-tune in place, from the beginning or from a checkpoint. `digest`, of the data, goes into checkpoints. Raises
     InputError as `step_if_finite`."""
     device, world = frontend.mean.device, world_size()
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -302,8 +308,6 @@ def train(model, frontend, training, args, out, data, checkpoint):
         optimizer.load_state_dict(checkpoint["optimizer"])
         done = checkpoint["update"]
     wrapped = model if world == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
-    local_batch = args.batch_size // world
-    micro_batch = args.micro_batch or local_batch
     loader = batches(training, args.batch_size, args.updates, args.seed, done, rank(), world, args.workers,
                      clips_by_class=training.clips_by_class() if args.balance else None)
     bar = training_bar(args.updates, done, "fine-tune")
@@ -315,19 +319,9 @@ def train(model, frontend, training, args, out, data, checkpoint):
         generator = torch.Generator().manual_seed(derive_seed(1, args.seed, update))
         torch.manual_seed(derive_seed(2, args.seed, update, rank()))
         versions, padding = augment_batch(waveform.to(device, non_blocking=True), lengths, frontend, args, generator)
-        target = torch.from_numpy(training.targets(numbers)).to(device)                     # (B, C)
+        target = training.targets(numbers).to(device)                                       # (B, C)
 
-        loss = torch.zeros((), device=device)
-        for i in range(0, local_batch, micro_batch):
-            part = slice(i, i + micro_batch)
-            log_mel = torch.cat([version[part] for version in versions])                    # (V B, T, 64)
-            mask = None if padding is None else padding[part].repeat(len(versions), 1)
-            wrapped.require_backward_grad_sync = i + micro_batch == local_batch             # DDP: in the last part only
-            with autocast(device, args.dtype):
-                logits = wrapped(log_mel, mask)                                             # (V B, C)
-            share = compute_loss(logits, target[part], args) * micro_batch / local_batch
-            share.backward()
-            loss += share.detach()
+        loss = backward(wrapped, versions, padding, target, args)
         figures = all_reduce(dict(loss=loss / world))
         figures["norm"] = torch.nn.utils.clip_grad_norm_(parameters, 1.0)                   # pretrain.py's default
         figures = fetch(figures)                                                            # waits for the device, once
@@ -337,8 +331,26 @@ def train(model, frontend, training, args, out, data, checkpoint):
         bar.update()
         if done == args.updates or done % args.checkpoint_every == 0:
             save_checkpoint(out / "checkpoint.pt", model, frontend, update=done, optimizer=optimizer.state_dict(),
-                            data=data, script="finetune.py", args=vars(args))
+                            data=digest, script="finetune.py", args=vars(args))
     bar.close()
+
+
+def backward(model, versions, padding, target, args):
+    """Gradients of the loss of a batch, in micro-batches: its versions (B, T, 64), their padding mask (B, T) or None,
+    target (B, C). Returns the loss, a scalar."""
+    size = args.micro_batch or len(target)
+    loss = torch.zeros((), device=target.device)
+    for i in range(0, len(target), size):
+        part = slice(i, i + size)
+        log_mel = torch.cat([version[part] for version in versions])                        # (V B, T, 64)
+        mask = None if padding is None else padding[part].repeat(len(versions), 1)
+        model.require_backward_grad_sync = i + size == len(target)              # DDP: adds up in the last part only
+        with autocast(target.device, args.dtype):
+            logits = model(log_mel, mask)                                                   # (V B, C)
+        share = compute_loss(logits, target[part], args) * size / len(target)
+        share.backward()
+        loss += share.detach()
+    return loss
 
 
 # Each metric's function returns its value, or one for each class, to be averaged.
@@ -346,20 +358,13 @@ METRICS = dict(accuracy=metrics.accuracy, mAP=metrics.average_precisions, MAUC=m
                lwlrap=metrics.lwlrap)
 
 
-def measure(metric, logits, targets):
-    """A metric: logits and targets (N, C) -> a number. Raises InputError where it has no answer."""
+def measure(metric, logits, data):
+    """A metric of logits (N, C) for all clips of a labelled set: a number. Raises InputError where it has no answer."""
     try:
-        value = METRICS[metric](logits, targets)
+        value = METRICS[metric](logits, data.targets(range(len(data))))
         return value if np.ndim(value) == 0 else metrics.mean_over_classes(value)
     except ValueError as error:
-        raise InputError(f"no {metric} on {len(targets)} clips to test on: {error}") from None
-
-
-def evaluate(model, frontend, data, args):
-    """The metric of a labelled set, see `measure`. Leaves the model in training mode."""
-    logits = compute_logits(model, frontend, data, args)
-    model.train()
-    return measure(data.metric, logits, data.targets(range(len(data))))
+        raise InputError(f"no {metric} on {len(data)} clips to test on: {error}") from None
 
 
 @torch.no_grad()
@@ -367,24 +372,31 @@ def compute_logits(model, frontend, data, args, batch_seconds=320):
     """Logits (N, C) for all clips of a labelled set, each whole. (Of several processes each hears all of them, which is
     a matter of seconds; the first one's score counts.)
 
-    Clips of similar length go together, so that little is padded, and fewer of the longer ones. Raises InputError for
-    logits that are not finite.
+    Clips of similar length go together, so that little is padded, and fewer of the longer ones; those of over a minute
+    go in parts, as --predict hears them. Raises InputError for logits that are not finite.
     """
     model.eval()
     device = frontend.mean.device
     logits = torch.zeros(len(data), len(data.classes))
-    clips = sorted(range(len(data)), key=lambda i: -data.clips[i].samples)
+    order = np.argsort(-data.samples, kind="stable")                            # the longest first
     bar = progress(None, "evaluate", total=len(data))
-    while clips:
-        longest = data.clips[clips[0]].samples / SAMPLE_RATE
+    while len(order):
+        longest = data.samples[order[0]] / SAMPLE_RATE
         count = max(1, min(256, int(batch_seconds / longest)))
-        waveform, lengths, numbers = collate([(data.waveform(i), i) for i in clips[:count]])
-        log_mel = frontend(waveform.to(device), lengths)
+        if longest > MINUTE:
+            count = 1
+        numbers, order = order[:count], order[count:]
+        waveform, lengths = data.batch(numbers)
         with autocast(device, args.dtype), torch.compiler.set_stance("force_eager"):        # so many shapes
-            logits[numbers] = model(log_mel, padding_mask(lengths, log_mel)).float().cpu()
-        clips = clips[count:]
+            if longest > MINUTE:
+                _, x = encode_in_parts(waveform[0], model.encoder, frontend)
+                logits[numbers] = model.clip_logits(x[None]).float().cpu()
+            else:
+                log_mel = frontend(waveform.to(device), lengths)
+                logits[numbers] = model(log_mel, padding_mask(lengths, log_mel)).float().cpu()
         bar.update(count)
     bar.close()
+    model.train()
     if not logits.isfinite().all():
         raise InputError("the model's predictions are not finite: lower --lr")
     return logits
@@ -447,24 +459,32 @@ def load_run(run, device="cpu"):
     return model.to(device).eval(), frontend.to(device), classes
 
 
+MINUTE = 60         # seconds: longer recordings are heard in parts, as attention's time grows with the square
+
+
+def encode_in_parts(waveform, encoder, frontend, layer=None):
+    """A recording, int16 (S,), in equal parts of up to a minute, each by itself: its log-mels (T, 64) and embeddings
+    (L, D) by block `layer` (None: the last)."""
+    latent = encoder.settings["stack"] * HOP                                # samples
+    parts = math.ceil(len(waveform) / (MINUTE * SAMPLE_RATE))
+    window = latent * math.ceil(len(waveform) / parts / latent)
+    log_mels, embeddings = [], []
+    for part in progress(waveform.split(window), "listen", unit=" parts"):
+        log_mel = frontend(part[None].to(frontend.mean.device))
+        x, _ = encoder.encode(log_mel, layer=layer)
+        log_mels.append(log_mel[0])
+        embeddings.append(x[0].float())
+    return torch.cat(log_mels), torch.cat(embeddings)
+
+
 @torch.no_grad()
 def encode_recording(path, model, frontend, layer=None):
-    """A recording of any rate, in equal parts of up to a minute, each by itself: its log-mels (T, 64) and embeddings
-    (L, D) by block `layer` (None: the last). Says on stderr where it is not as long as its header says. Raises
-    InputError for what `read_audio` can't read; so do `embed` and `predict`."""
+    """A recording of any rate: what `encode_in_parts` gives. Says on stderr where it is not as long as its header says.
+    Raises InputError for what `read_audio` can't read; so do `embed` and `predict`."""
     waveform, note = read_audio(path)
     if note:
         print(f"{path}: {note}", file=sys.stderr)
-    encoder = getattr(model, "encoder", model)
-    latent = encoder.settings["stack"] * HOP                                # samples
-    parts = math.ceil(len(waveform) / (60 * SAMPLE_RATE))
-    window = latent * math.ceil(len(waveform) / parts / latent)
-    log_mels, embeddings = [], []
-    for part in progress(torch.from_numpy(waveform).split(window), Path(path).name, unit=" parts"):
-        log_mel = frontend(part[None].to(frontend.mean.device))
-        log_mels.append(log_mel[0])
-        embeddings.append(encoder.encode(log_mel, layer=layer)[0][0])
-    return torch.cat(log_mels), torch.cat(embeddings)
+    return encode_in_parts(torch.from_numpy(waveform), getattr(model, "encoder", model), frontend, layer)
 
 
 def middle_block(encoder):
@@ -627,14 +647,15 @@ def parse(argv=None):
     add("--balance", action=argparse.BooleanOptionalAction, help="draw all classes equally often (Sec. 4.1; audioset)")
     add("--seconds", type=in_range(float, 0.1, 3600), help="of longer clips, train on random crops (10; synth, folder, "
         "csv 5, esc10 3)")
-    add("--validate", action="store_true", help="hold out validation clips where a set has none: a tenth of the "
-        "training clips, or the next fold. They are scored too: for choosing options")
+    add("--validate", action="store_true", help="score validation clips instead of test clips, for choosing options: "
+        "those of the set, else the next fold, else a tenth of the training clips, which is held out")
 
     add = parser.add_argument_group("model").add_argument
     add("--size", choices=SIZES, help="from scratch (tiny); with --init the size is that of the run")
     add("--head", choices=[*POOLINGS, "frames"], help="average the embeddings, then a linear layer; 'stats': "
         "average and deviation, better with few labels; 'frames': probabilities at each step, then linear softmax "
         "pooling, which also tells when (mean; audioset frames; synth, esc10, folder, csv stats)")
+    add("--freeze", action="store_true", help="train the head only; takes a larger --lr, such as 1e-2")
     add("--head-dropout", type=in_range(float, 0, 0.99), help="more works against overfitting (by data set, "
         "0.1 to 0.3)")
 

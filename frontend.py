@@ -15,6 +15,7 @@ SAMPLE_RATE = 16_000  # Hz. The paper names none; WINDOW and HOP are for this ra
 WINDOW = 1024         # samples: 64 ms
 HOP = 320             # samples: 20 ms
 MELS = 64
+LOG_MELS = dict(sample_rate=SAMPLE_RATE, window=WINDOW, hop=HOP, mels=MELS)        # what a checkpoint is tied to
 FLOOR = 1e-10         # power below which all is silence; keeps the logarithm finite
 SILENT_LEVEL = 1e-4   # root mean square (-80 dB of full scale) below which a waveform is not amplified further
 

@@ -32,9 +32,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from conformer import NORMS
-from datasets import (InputError, Parser, batches, collate, derive_seed, find_device, in_range, open_unlabelled,
+from datasets import (InputError, Parser, batches, derive_seed, find_device, in_range, open_unlabelled,
                       progress, rank, reading, run_script, say, world_size, write_whole)
-from frontend import SAMPLE_RATE, LogMel, frame_count, padding_mask
+from frontend import LOG_MELS, SAMPLE_RATE, LogMel, frame_count, padding_mask
 from wav2vec2 import COMMON, SIZES, Wav2Vec2, collapse_warning, span_mask, summarize
 
 # Defaults of these options. The paper states updates, warm-up and learning rate of small and large (Sec. 2.3). A
@@ -59,11 +59,24 @@ def learning_rate(update, peak, warmup, updates):
 def main():
     """One run, or this process's part of it. Raises InputError where it can't start or continue."""
     args = parse()
-    device, world = init_distributed(args), world_size()
+    device = init_distributed(args)
     source, held_out = open_unlabelled(args.data, args.seconds)
-    checkpoint = resume(args, Path(args.out), "pretrain.py", source.digest())
+    digest = source.digest()
+    checkpoint = resume(args, Path(args.out), "pretrain.py", digest)
     model, frontend = build(args, checkpoint, source, device)
-    parameters = list(model.parameters())
+    say(f"{args.size}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, on {device} x "
+        f"{world_size()}; {' '.join(args.data)}, {len(source)} recordings to train on; "
+        + (f"resumed after update {checkpoint['update']}" if checkpoint else "chance is the accuracy of a blind guess"))
+    train(model, frontend, source, held_out, args, digest, checkpoint)
+    say(f"{args.out}/checkpoint.pt; now python finetune.py --init {args.out}")
+    leave()
+
+
+def train(model, frontend, source, held_out, args, digest, checkpoint):
+    """Pre-train in place, from the beginning or from a checkpoint. `digest`, of the source, goes into checkpoints.
+    Raises InputError as `step_if_finite`."""
+    device, world = frontend.mean.device, world_size()
+    parameters = [p for p in model.parameters() if p.requires_grad]
     # Adam with decoupled weight decay, as in fairseq (Sec. 2.3).
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=args.weight_decay,
                                   fused=device.type != "mps")
@@ -72,17 +85,11 @@ def main():
         optimizer.load_state_dict(checkpoint["optimizer"])
         done, skipped = checkpoint["update"], checkpoint["skipped"]
     wrapped = model if world == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
-
     samples = round(args.seconds * SAMPLE_RATE)
     local_batch = args.batch_size // world
     own_clips = slice(rank() * local_batch, (rank() + 1) * local_batch)
-    micro_batch = args.micro_batch or local_batch
     loader = batches(source, args.batch_size, args.updates, args.seed, done, rank(), world, args.workers, samples)
-    say(f"{args.size}, {sum(p.numel() for p in parameters) / 1e6:.1f} M parameters, on {device} x {world}; "
-        f"{' '.join(args.data)}, {sum(clip.crops for clip in source.clips)} crops of {args.seconds:g} s in an epoch; "
-        + (f"resumed after update {done}" if checkpoint else "chance is the accuracy of a blind guess"))
-    log = Log(args, done, model.flops(frame_count(samples))) if rank() == 0 else None
-    since_log = collections.Counter()               # sums over the updates since the last log line
+    log = Log(args, done, model.flops(frame_count(samples)))
 
     # waveform (B, S) int16 and lengths (B,) in samples, on the CPU; numbers (B,) of the clips in the source.
     for update, (waveform, lengths, numbers) in enumerate(loader, done):
@@ -91,48 +98,44 @@ def main():
         # Masks and distractors are drawn for the whole batch, so that they do not depend on the number of processes.
         generator = torch.Generator(device).manual_seed(derive_seed(1, args.seed, update))
         rand = torch.rand(model.rand_shape(args.batch_size, frame_count(samples)), device=device, generator=generator)
-        rand = rand[own_clips]
         torch.manual_seed(derive_seed(2, args.seed, update, rank()))                    # dropout
 
-        sums = collections.Counter()                    # adds up, over micro-batches
-        for i in range(0, local_batch, micro_batch):
-            part = slice(i, i + micro_batch)
-            log_mel = frontend(waveform[part].to(device, non_blocking=True), lengths[part])         # (B, T, 64)
-            wrapped.require_backward_grad_sync = i + micro_batch == local_batch         # DDP: in the last part only
-            with autocast(device, args.dtype):
-                result = wrapped(log_mel, padding_mask(lengths[part], log_mel), rand[part])
-            (result.loss * result.sums["counted"]).backward()                           # the sum over masked steps
-            sums.update(result.sums)
-        sums = all_reduce(sums)
+        sums = backward(wrapped, frontend, waveform, lengths, rand[own_clips], args)
+        gradients = [p.grad for p in parameters if p.grad is not None]
         # From the sum over masked steps to the mean; DDP has divided by the number of processes.
-        torch._foreach_mul_([p.grad for p in parameters], world / sums["counted"].clamp(min=1))
+        torch._foreach_mul_(gradients, world / sums["counted"].clamp(min=1))
         sums["gradient_norm"] = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         sums = fetch(sums)                                                              # waits for the device, once
-
         skips = step_if_finite(optimizer, sums, skips, source.clips[numbers[0]])
-        if skips == 0:
-            since_log.update(sums, updates=1)
-        else:
-            skipped += 1
+        skipped += skips > 0
 
         done = update + 1
         checkpoint_due = done % args.checkpoint_every == 0 or done == args.updates
-        if rank() == 0:
-            log.bar.update()
-            if since_log and (done % args.log_every == 0 or checkpoint_due):
-                log.write_training(done, since_log, lr, skipped)
-                since_log.clear()
-            if checkpoint_due and len(held_out):
-                log.write(done, **held_out_figures(model, frontend, held_out, args))
+        log.update(done, sums, lr, skips, skipped, checkpoint_due)
+        if checkpoint_due and len(held_out):
+            log.write(done, **held_out_figures(model, frontend, held_out, args))
         if checkpoint_due:
             save_checkpoint(Path(args.out) / "checkpoint.pt", model, frontend, update=done, skipped=skipped,
-                            optimizer=optimizer.state_dict(), settings=model.settings, args=vars(args),
-                            data=source.digest(), script="pretrain.py")
+                            optimizer=optimizer.state_dict(), settings=model.settings, args=vars(args), data=digest,
+                            script="pretrain.py")
+    log.bar.close()
 
-    if rank() == 0:
-        log.bar.close()
-    say(f"{args.out}/checkpoint.pt; now python finetune.py --init {args.out}")
-    leave()
+
+def backward(model, frontend, waveform, lengths, rand, args):
+    """Gradients of the loss, summed over the masked steps of a batch, that is, of its micro-batches and of all
+    processes. Returns the sums of `PretrainOutput`, added up likewise."""
+    device = frontend.mean.device
+    size = args.micro_batch or len(waveform)
+    sums = collections.Counter()                    # adds up
+    for i in range(0, len(waveform), size):
+        part = slice(i, i + size)
+        log_mel = frontend(waveform[part].to(device, non_blocking=True), lengths[part])         # (B, T, 64)
+        model.require_backward_grad_sync = i + size == len(waveform)        # DDP: adds up in the last part only
+        with autocast(device, args.dtype):
+            result = model(log_mel, padding_mask(lengths[part], log_mel), rand[part])
+        (result.loss * result.sums["counted"]).backward()
+        sums.update(result.sums)
+    return all_reduce(sums)
 
 
 def build(args, checkpoint, source, device):
@@ -166,8 +169,9 @@ def held_out_figures(model, frontend, source, args):
     sums = collections.Counter()
     model.eval()
     for i in range(0, len(numbers), 16):
-        crops = [(source.crop(n, np.random.default_rng(n)), n) for n in numbers[i:i + 16]]
-        waveform, lengths, _ = collate(crops, round(args.seconds * SAMPLE_RATE))
+        part = numbers[i:i + 16]
+        generators = [np.random.default_rng(n) for n in part]
+        waveform, lengths = source.batch(part, generators, round(args.seconds * SAMPLE_RATE))
         log_mel = frontend(waveform.to(device), lengths)
         rand = torch.rand(model.rand_shape(*log_mel.shape[:2]), generator=torch.Generator().manual_seed(i)).to(device)
         with autocast(device, args.dtype), torch.compiler.set_stance("force_eager"):        # other shapes
@@ -178,36 +182,54 @@ def held_out_figures(model, frontend, source, args):
 
 
 class Log:
-    """A run's progress: the bar, and log.jsonl. Continues after `done` updates: later lines, and one that a killed run
-    left incomplete, are dropped. `flops` are those of a clip."""
+    """A run's progress, in the first process: the bar, log.jsonl and, if wanted, TensorBoard's curves. Continues after
+    `done` updates: later lines, and one that a killed run left incomplete, are dropped. `flops` are those of a clip."""
 
     def __init__(self, args, done, flops):
-        path = Path(args.out) / "log.jsonl"
-        lines = path.read_text().splitlines(True) if done else []
-        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["update"] <= done]
-        write_whole(path, "".join(kept).encode())
-        self.path, self.batch_size, self.flops, self.warned = path, args.batch_size, flops, False
+        self.path, self.every = Path(args.out) / "log.jsonl", args.log_every
+        self.batch_size, self.updates, self.flops = args.batch_size, args.updates, flops
         self.bar = training_bar(args.updates, done, "pre-train")
-        self.last_update, self.last_time = done, time.time()
+        self.board = None
+        self.sums = collections.Counter()           # over the updates since the last line
+        self.last_update, self.last_time, self.warned = done, time.perf_counter(), False
+        if rank() == 0:
+            lines = self.path.read_text().splitlines(True) if done else []
+            kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["update"] <= done]
+            write_whole(self.path, "".join(kept).encode())
+            if args.tensorboard:
+                with reading("--tensorboard", "pip install tensorboard"):
+                    from torch.utils.tensorboard import SummaryWriter
+                self.board = SummaryWriter(args.out, purge_step=done + 1)       # of a killed run's later points
 
     def write(self, update, **figures):
         """A line of log.jsonl."""
-        with open(self.path, "a") as file:
-            file.write(json.dumps(dict(update=update, **figures)) + "\n")
+        if rank() == 0:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(dict(update=update, **figures)) + "\n")
+            for name, value in figures.items() if self.board else ():
+                self.board.add_scalar(name, value, update)
 
-    def write_training(self, update, sums, lr, skipped):
-        """Log sums over the updates since the last line. Warns when the latents collapse."""
-        now = time.time()
-        speed = (update - self.last_update) * self.batch_size / (now - self.last_time)          # clips a second
-        figures = dict(lr=lr, skipped=skipped, gradient_norm=sums["gradient_norm"] / sums["updates"],
-                       clips_per_second=round(speed, 1), tflops=round(speed * self.flops / 1e12, 3), **summarize(sums))
-        self.write(update, **figures)
+    def update(self, done, sums, lr, skips, skipped, due):
+        """After an update of these sums, and so many done: the bar and, every `every` updates or where one is due, a
+        line. Of updates that were left out only their number is told."""
+        self.bar.update()
+        if skips == 0:
+            self.sums.update(sums, updates=1)
+        if not self.sums or not (due or done % self.every == 0):
+            return
+        now = time.perf_counter()
+        speed = (done - self.last_update) * self.batch_size / (now - self.last_time)            # clips a second
+        figures = dict(lr=lr, skipped=skipped, gradient_norm=self.sums["gradient_norm"] / self.sums["updates"],
+                       clips_per_second=round(speed, 1), tflops=round(speed * self.flops / 1e12, 3),
+                       **summarize(self.sums))
+        self.write(done, **figures)
         self.bar.set_postfix_str(f"loss {figures['loss']:.2f} accuracy {figures['accuracy']:.2f} (chance "
                                  f"{figures['chance']:.2f}) lr {lr:.1e} {speed:.0f} clips/s")
-        warning = collapse_warning(figures)
-        if warning and not self.warned:
-            self.bar.write(f"update {update}: {warning}", sys.stderr)
-        self.last_update, self.last_time, self.warned = update, now, bool(warning)
+        warning = collapse_warning(figures, done / self.updates)
+        if warning and not self.warned and rank() == 0:
+            self.bar.write(f"update {done}: {warning}", sys.stderr)
+        self.last_update, self.last_time, self.warned = done, now, bool(warning)
+        self.sums.clear()
 
 
 def parse(argv=None):
@@ -222,6 +244,7 @@ def parse(argv=None):
     add("--batch-size", type=in_range(int, 1, 10**6), help="crops in an update, of all processes (tiny: 32, else 256)")
     add("--out", default="runs/pretrain", help="folder of this run (%(default)s)")
     add("--log-every", type=count, default=10, help="updates between two lines of the log (%(default)s)")
+    add("--tensorboard", action="store_true", help="write the log's figures as TensorBoard's curves too, into --out")
 
     add = parser.add_argument_group("model", "Settings of the size that can be changed.").add_argument
     add("--size", choices=SIZES, default="tiny", help="tiny for a laptop, small and large are the paper's "
@@ -262,7 +285,7 @@ def parse(argv=None):
 CLAIMED = []        # open files, whose locks end with the process
 # Options that may differ when a run is resumed. (The data are compared by their digest instead.)
 MAY_CHANGE = {"resume", "out", "data", "root", "device", "workers", "micro_batch", "checkpoint_every", "log_every",
-              "compile"}
+              "compile", "tensorboard"}
 
 
 def add_running_options(parser):
@@ -278,8 +301,7 @@ def add_running_options(parser):
         "(CUDA: bf16, else fp32)")
     add("--compile", action="store_true", help="torch.compile the blocks: on a GPU large is 1.6 times as fast; needs a "
         "C++ compiler and a minute, more where lengths vary")
-    add("--workers", type=in_range(int, 0, 1024), help="threads that read data (with a GPU one a core, up to 8; "
-        "else 0)")
+    add("--workers", type=in_range(int, 0, 1024), help="threads that read data (with a GPU 2, else 1)")
     add("--micro-batch", type=count, help="clips that go through the model at once in a process: fewer need less "
         "memory (all)")
     add("--weight-decay", type=in_range(float, 0, 1e6), default=0.01, help="more regularises more (%(default)s)")
@@ -363,7 +385,7 @@ def save_checkpoint(path, model, frontend, **content):
     """Write a checkpoint, in the first process, so that, even if the power fails, `path` is the old one or the new."""
     if rank() == 0:
         buffer = io.BytesIO()
-        torch.save(dict(content, model=model.state_dict(), frontend=frontend.state_dict()), buffer)
+        torch.save(dict(content, model=model.state_dict(), frontend=frontend.state_dict(), log_mels=LOG_MELS), buffer)
         write_whole(path, buffer.getbuffer())
 
 
@@ -376,7 +398,10 @@ def load_checkpoint(run, script=None):
     path = path / "checkpoint.pt" if path.is_dir() else path
     with reading(path, "use another checkpoint"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        written_by = checkpoint["script"]
+        written_by, log_mels = checkpoint["script"], checkpoint.get("log_mels")
+    if log_mels != LOG_MELS:
+        raise InputError(f"{path}: was made with log-mels of {log_mels or 'an earlier version'}, but frontend.py's are "
+                         f"{LOG_MELS}: train anew")
     if script not in (None, written_by):
         raise InputError(f"{path}: is from {written_by}, not from {script}; name the folder of such a run")
     return checkpoint

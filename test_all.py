@@ -5,6 +5,7 @@ temporary folders: as a user runs them where processes, signals and kills matter
 """
 import contextlib
 import functools
+import hashlib
 import importlib.util
 import inspect
 import io
@@ -19,6 +20,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import types
 from collections import namedtuple
@@ -37,7 +39,7 @@ import pretrain
 import wav2vec2
 from conformer import BatchNorm, ConformerBlock, DepthwiseConvolution, Dropout, SelfAttention
 from datasets import InputError
-from frontend import LogMel, padding_mask, resample
+from frontend import LOG_MELS, LogMel, padding_mask, resample
 from metrics import accuracy, areas_under_roc, average_precisions, mean_over_classes
 from pretrain import load_checkpoint
 from wav2vec2 import Wav2Vec2
@@ -123,7 +125,7 @@ def parse_finetune(*options):
 
 def clock(step):
     """A module `time` whose clock goes on by so many seconds whenever it is looked at."""
-    return types.SimpleNamespace(time=map(step.__mul__, itertools.count(1000)).__next__)
+    return types.SimpleNamespace(perf_counter=map(step.__mul__, itertools.count(1000)).__next__)
 
 
 def spy(monkeypatch, owner, name):
@@ -671,13 +673,16 @@ def test_collapse_is_warned_of():
     """With weights of 0 in the feature encoder all latents are the same."""
     model, log_mel = Wav2Vec2("tiny", **SMALL), torch.randn(2, 80, 64)
     healthy = wav2vec2.summarize(pretrain.fetch(model(log_mel).sums))
-    assert wav2vec2.collapse_warning(healthy) is None
+    assert wav2vec2.collapse_warning(healthy, 0.1) is None
     torch.nn.init.zeros_(model.features.linear.weight)
     torch.nn.init.zeros_(model.features.linear.bias)
     collapsed = wav2vec2.summarize(pretrain.fetch(model(log_mel).sums))
     assert "collapsed" in wav2vec2.collapse_warning(collapsed) and collapsed["dropped"] > 0
     assert "silence" in wav2vec2.collapse_warning({**healthy, "duplicates": 0.51})
-    assert wav2vec2.collapse_warning({**healthy, "duplicates": 0.5}) is None
+    assert wav2vec2.collapse_warning({**healthy, "duplicates": 0.5}, 0.1) is None
+    guessing = {**healthy, "accuracy": 1.1 * healthy["chance"]}
+    assert wav2vec2.collapse_warning(guessing, 0.1) is None and "guessing" in wav2vec2.collapse_warning(guessing, 0.11)
+    assert wav2vec2.collapse_warning({**healthy, "accuracy": 1.3 * healthy["chance"]}) is None
 
 
 @pytest.mark.parametrize("changes", [dict(mask_prob=0.5), dict(mask_length=1), dict(distractors=7),
@@ -934,7 +939,7 @@ def labelled_set(labels, classes=None, splits=None, groups=None):
     """A labelled set of clips that hold nothing but their own number."""
     splits, groups = splits or [str(i % 5 + 1) for i in range(len(labels))], groups or [""] * len(labels)
     clips = [datasets.Clip(str(i), tuple("abcdefg"[c] for c in own), split, group, samples=10,
-                           read=functools.partial(np.full, 10, i, np.int16))
+                           audio=np.full(10, i, np.int16))
              for i, (own, split, group) in enumerate(zip(labels, splits, groups, strict=True))]
     return datasets.ClipSet(clips, "abcdefg"[:classes or 1 + max(c for own in labels for c in own)], "accuracy")
 
@@ -942,7 +947,7 @@ def labelled_set(labels, classes=None, splits=None, groups=None):
 def test_balanced_draws_each_class_equally_often_and_all_its_clips():
     data = labelled_set([(0,)] * 20 + [(1,)] * 3 + [(2,)], classes=4)       # nobody has class 3
     stream = datasets.ClipStream(data, 0, data.clips_by_class())
-    counts = np.bincount([stream.number(n) for n in range(6000)], minlength=24)
+    counts = np.bincount(stream.numbers(range(6000)), minlength=24)
     np.testing.assert_allclose(counts[:20], 100, atol=40)
     np.testing.assert_allclose(counts[20:], [667, 667, 667, 2000], atol=100)
 
@@ -1161,9 +1166,10 @@ def test_what_decodes_is_used_and_listed(tmp_path, name, capfd):
 @pytest.mark.parametrize("suffix, rate, channels", [
     ("wav", 44_100, 2), ("flac", 48_000, 6), ("ogg", 22_050, 1), ("mp3", 44_100, 2), ("wav", 8_000, 1)])
 def test_any_format_rate_and_number_of_channels_is_read(tmp_path, suffix, rate, channels):
-    """Channels are averaged, the offset goes, and the loudest sample comes to full scale."""
+    """Two channels are averaged, of more the first is taken (the others are upside down here, so that an average would
+    be near 0), the offset goes, and the loudest sample comes to full scale."""
     tone = np.sin(2 * np.pi * 440 * np.arange(rate) / rate)
-    shares = 2 * np.arange(1, channels + 1) / (channels + 1)    # each channel at its own level, 1 on average
+    shares = np.array({1: [1], 2: [0.5, 1.5], 6: [1, -1, 1, -1, 1, -0.9]}[channels])
     soundfile.write(tmp_path / f"a.{suffix}", 0.3 * tone[:, None] * shares + 0.1, rate)
     waveform, _ = datasets.read_audio(tmp_path / f"a.{suffix}")
     assert waveform.dtype == np.int16 and len(waveform) == pytest.approx(16_000, abs=100)
@@ -1186,8 +1192,8 @@ def test_a_long_recording_is_resampled_as_a_whole(tmp_path):
     """Though a minute at a time."""
     wave = np.random.default_rng(0).uniform(-0.9, 0.9, 44_100 * 125)
     soundfile.write(tmp_path / "a.wav", wave, 44_100, subtype="FLOAT")
-    expected = resample(torch.from_numpy(wave - wave.mean()).float(), 44_100, 16_000).numpy()
-    assert np.abs(datasets.read_audio(tmp_path / "a.wav")[0] - datasets.to_int16(expected).astype(int)).max() <= 1
+    expected = resample(torch.from_numpy(wave - wave[:60 * 44_100].mean()).float(), 44_100, 16_000).numpy()
+    assert np.abs(datasets.read_audio(tmp_path / "a.wav")[0] - expected * 32767 / np.abs(expected).max()).max() <= 1
 
 
 def bad_files(folder):
@@ -1259,6 +1265,13 @@ def test_what_the_system_left_is_no_recording_and_other_kinds_are_counted(tmp_pa
 # ------------------------------------------------------------------------- packing
 
 
+def whole(clip):
+    """All samples of a clip."""
+    waveform = np.empty(clip.samples, np.int16)
+    clip.read(0, waveform)
+    return waveform
+
+
 def pack_tones(folder, *seconds):
     """Pack tones of these lengths: each of its own frequency."""
     for k, length in enumerate(seconds):
@@ -1271,7 +1284,7 @@ def pack_tones(folder, *seconds):
 def test_damaged_packs_are_refused(tmp_path):
     folder = Path(pack_tones(tmp_path, 3, 2))
     whole = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert sum(clip.crops for part in datasets.open_unlabelled([folder], 1) for clip in part.clips) == 5
+    assert sum(len(part) for part in datasets.open_unlabelled([folder], 1)) == 2
 
     audio, index = folder / "audio.int16", folder / "index.jsonl"
     for damage in (lambda: audio.write_bytes(whole[audio.name][:-2]), audio.unlink, lambda: index.write_text("x"),
@@ -1295,7 +1308,7 @@ def test_pack_keeps_every_good_file_and_lists_the_bad(tmp_path, call):
     packed, _ = datasets.open_pack(tmp_path / "out")
     assert [clip.name for clip in packed] == ["0/0.wav", "0/2.wav", "0/4.wav", "1/1.wav", "1/3.wav"]
     for clip in packed:
-        assert np.array_equal(clip.read(), datasets.read_audio(tmp_path / "in" / clip.name)[0])
+        assert np.array_equal(whole(clip), datasets.read_audio(tmp_path / "in" / clip.name)[0])
     assert "exists already" in call(*command, code=2)           # whatever it holds
     assert "exists already" in call("datasets.py", "synth", tmp_path / "out", code=2)
 
@@ -1325,25 +1338,27 @@ def test_crops_are_in_proportion_to_length(tmp_path):
     """Of crops of 2 s, a recording of 9 s gives five, one of 1.5 s one, one of half a second none."""
     folder = pack_tones(tmp_path, 9, 1.5, 0.5)
     source, held_out = datasets.open_unlabelled([folder], 2.0)
-    assert {clip.name: clip.crops for clip in source.clips} == {"0.wav": 5, "1.wav": 1} and not len(held_out)
-    drawn = [datasets.ClipStream(source, 0).number(n) for n in range(12)]
+    assert names(source) == ["0.wav", "1.wav"] and not len(held_out)
+    drawn = datasets.ClipStream(source, 0).numbers(np.arange(12)).tolist()
     assert sorted(drawn[:6]) == sorted(drawn[6:]) == [0] * 5 + [1]
-    whole, starts = np.array(source.waveform(0)), set()
+    whole, starts = source.waveform(0).numpy(), set()
     windows = np.lib.stride_tricks.sliding_window_view(whole, 8)
-    for i in range(60):
-        crop = source.crop(0, np.random.default_rng(i))
-        assert len(crop) == 32_000
+    crops, lengths = source.batch([0] * 60, [np.random.default_rng(i) for i in range(60)])
+    assert crops.shape == (60, 32_000) and (lengths == 32_000).all()
+    for crop in crops.numpy():
         starts |= {s for s in np.flatnonzero((windows == crop[:8]).all(1)) if np.array_equal(whole[s:s + 32_000], crop)}
     assert min(starts) < 16_000 and max(starts) > 6 * 16_000    # from all over the recording
-    assert np.array_equal(source.crop(0, types.SimpleNamespace(integers=lambda high: high - 1)), whole[-32_000:])
-    assert np.array_equal(source.crop(1, np.random.default_rng(0)), source.waveform(1))
+    last = types.SimpleNamespace(integers=lambda high: high - 1)
+    crops, lengths = source.batch([0, 1], [last, last])
+    assert np.array_equal(crops[0], whole[-32_000:]) and lengths.tolist() == [32_000, 24_000]
+    assert np.array_equal(crops[1, :24_000], source.waveform(1)) and (crops[1, 24_000:] == 0).all()
 
 
 def test_several_packs_are_one_source(tmp_path):
     folders = [pack_tones(tmp_path / "a", 2, 0.5, 3), pack_tones(tmp_path / "b", 4, 5)]
     source, _ = datasets.open_unlabelled(folders, 60.0)
     for clip, name in zip(source.clips, ("a/in/0", "a/in/2", "b/in/0", "b/in/1"), strict=True):
-        assert np.array_equal(clip.read(), datasets.read_audio(tmp_path / f"{name}.wav")[0])
+        assert np.array_equal(whole(clip), datasets.read_audio(tmp_path / f"{name}.wav")[0])
     for others in folders[:1], folders[::-1]:       # another order means other crops
         assert source.digest() != datasets.open_unlabelled(others, 60.0)[0].digest()
 
@@ -1475,12 +1490,12 @@ def test_synth_tones_have_their_frequency():
 
 
 def test_synth_is_labelled_with_its_events():
-    clips = datasets.synth_set(3, 2)
+    clips = datasets.synth_labelled(3, 2)
     assert [clip.split for clip in clips] == ["train"] * 3 + ["test"] * 2
     for clip in clips:
         _, split, i = clip.name.split("/")
         made, events = datasets.synth_clip(int(i), split)
-        assert np.array_equal(made, clip.read()) and set(clip.labels) == {kind for _, _, kind in events}
+        assert np.array_equal(made, clip.audio) and set(clip.labels) == {kind for _, _, kind in events}
 
 
 # ------------------------------------------------------------------------- labelled sets, each in miniature
@@ -1766,7 +1781,7 @@ def test_a_row_for_each_label_is_one_clip(tmp_path):
     write_esc50(tmp_path / "e")
     table = tmp_path / "e" / "meta" / "esc50.csv"
     table.write_text(table.read_text() + "1-100-A-0.wav,2,0,dog,True,100,A\n")         # the same clip in another fold
-    with pytest.raises(InputError, match="are the same sound, but not of the same split"):
+    with pytest.raises(InputError, match="1-100-A-0.wav is in two splits: 1 and 2"):
         load_quietly("esc50", tmp_path / "e")
 
 
@@ -1873,7 +1888,7 @@ def test_nothing_is_pre_trained_on_test_clips(tmp_path, call, capsys):
     found = [name for part in datasets.open_unlabelled([tmp_path / "out"], 1.0) for name in names(part)]
     assert len(found) == 4 and all("-train-" in name for name in found)
     assert "4 of 8 recordings are left out: shorter than a second, or test clips" in capsys.readouterr().out
-    assert ", 4 crops of 1 s in an epoch" in call(
+    assert ", 4 recordings to train on" in call(
         "pretrain.py", "--data", tmp_path / "out", "--updates", 1, "--batch-size", 2, "--seconds", 1, "--out",
         tmp_path / "run")
 
@@ -1924,11 +1939,10 @@ def test_targets_and_members_say_the_same_as_the_labels():
 
 def test_training_crops_have_the_seconds_asked_for():
     data = labelled_set([(0,)])
-    data.seconds, data.clips = 1.0, [data.clips[0]._replace(read=lambda: np.arange(48_000))]
-    assert data.crop(0, types.SimpleNamespace(integers=lambda high: high - 1))[-1] == 47_999
-    crops = [data.crop(0, np.random.default_rng(i)) for i in range(20)]
-    assert {len(crop) for crop in crops} == {16_000}
-    assert len({int(crop[0]) for crop in crops}) > 10
+    clip = data.clips[0]._replace(samples=48_000, audio=np.arange(48_000, dtype=np.int16))
+    data = datasets.ClipSet([clip], data.classes, seconds=1.0)
+    crops, _ = data.batch([0] * 20, [np.random.default_rng(i) for i in range(20)])
+    assert crops.shape == (20, 16_000) and len(set(crops[:, 0].tolist())) > 10
 
 
 def test_fraction_keeps_all_classes_and_is_nested():
@@ -1950,46 +1964,47 @@ def test_fingerprint_tells_sets_apart():
     assert data.subset([0, 1, 2]).fingerprint() != data.fingerprint()
 
 
-def test_split_never_trains_on_what_it_tests():
-    data = labelled_set([(0,), (1,)] * 20)
-    for validate in (False, True):
-        args = parse_finetune(*["--validate"] * validate)
-        tested = []
-        for fold in "12345":
-            training, valid, test = finetune.split(data, fold, args)
-            assert not set(names(training)) & set(names(test)) and not set(names(valid)) & set(names(test))
-            assert not set(names(training)) & set(names(valid)) and len(valid) == 8 * validate
-            assert len(training) == 32 - len(valid) and set(test.splits) == {fold}
-            assert set(valid.splits) == ({str(int(fold) % 5 + 1)} if validate else set())       # the next fold
-            tested += names(test)
-        assert len(set(tested)) == 40
+def parts(data, fold, *options):
+    """The training and test set of these options, after a look that they share no clip and no group."""
+    training, test = finetune.split(data, fold, parse_finetune(*options))
+    assert not set(names(training)) & set(names(test)) and not set(training.groups) & set(test.groups)
+    return training, test
 
 
-def test_split_holds_out_a_tenth_where_there_are_no_folds():
-    data = labelled_set([(0,), (1,)] * 20, splits=["train"] * 30 + ["test"] * 10)
-    training, valid, test = finetune.split(data, None, parse_finetune("--validate"))
-    assert (len(training), len(valid), len(test)) == (28, 2, 10)
-    assert set(training.splits) | set(valid.splits) == {"train"} and not set(names(training)) & set(names(valid))
+def test_split_by_folds():
+    """And with --validate the next fold takes the place of the one to test on."""
+    data, tested = labelled_set([(0,), (1,)] * 20), []
+    for fold in "12345":
+        training, test = parts(data, fold)
+        assert len(training) == 32 and set(test.splits) == {fold}
+        tested += names(test)
+        training, valid = parts(data, fold, "--validate")
+        assert len(training) == 24 and set(valid.splits) == {str(int(fold) % 5 + 1)} and fold not in training.splits
+    assert len(set(tested)) == 40
+
+
+def test_split_without_folds():
     data = labelled_set([(0,), (1,)] * 20, splits=["train"] * 30 + ["valid"] * 4 + ["test"] * 6)
-    assert [len(part) for part in finetune.split(data, None, parse_finetune())] == [30, 4, 6]
-    few = labelled_set([(0,), (1,)] * 5, splits=["train"] * 8 + ["test"] * 2)
-    with pytest.raises(InputError, match="too few"):                    # a tenth of four is none
-        finetune.split(few, None, parse_finetune("--validate"))
+    assert [len(part) for part in parts(data, None)] == [30, 6]
+    training, valid = parts(data, None, "--validate")
+    assert len(training) == 30 and set(valid.splits) == {"valid"}
 
 
-def test_validation_clips_share_no_group_with_training_clips():
-    groups = [str(i // 6) for i in range(40)]
-    data = labelled_set([(0,), (1,)] * 20, splits=["train"] * 30 + ["test"] * 10, groups=groups)
-    training, valid, _ = finetune.split(data, None, parse_finetune("--validate"))
-    assert len(valid) and len(training) and not set(training.groups) & set(valid.groups)
-
-
-def test_a_tenth_of_the_groups_is_for_validation():
-    """All clips of each: of 40 recordings cut into ten clips, with two classes."""
-    data = labelled_set([(i // 10 % 2,) for i in range(400)], splits=["train"] * 399 + ["test"],
-                        groups=[str(i // 10) for i in range(400)])
-    training, valid, _ = finetune.split(data, None, parse_finetune("--validate"))
-    assert len(valid) == 40 and len(set(valid.groups)) == 4 and len(training) + len(valid) == 399
+@pytest.mark.parametrize("classes, clips, clips_a_group, held_out", [
+    (2, 60, 1, 12),         # a tenth
+    (40, 5, 1, 40),         # one of each class, however few it has
+    (2, 200, 10, 4 * 10),   # all clips of a tenth of the groups
+    (3, 2, 1, 3)])
+def test_a_tenth_of_each_class_is_for_validation(classes, clips, clips_a_group, held_out):
+    """None of the test clips is touched."""
+    count = classes * clips
+    labels = [(i // clips_a_group % classes,) for i in range(count)]
+    clips = [datasets.Clip(str(i), (str(own[0]),), "train", str(i // clips_a_group), samples=10) for i, own in enumerate(labels)]
+    clips += [datasets.Clip(f"test{i}", ("0",), "test", samples=10) for i in range(5)]
+    data = datasets.ClipSet(clips, [str(c) for c in range(classes)], "accuracy")
+    training, valid = parts(data, None, "--validate")
+    assert (len(valid), len(training)) == (held_out, count - held_out)
+    assert {own[0] for own in valid.labels} == {own[0] for own in training.labels} == set(range(classes))
 
 
 # ------------------------------------------------------------------------- batches
@@ -2003,42 +2018,72 @@ def test_shuffled_is_a_permutation(count):
         assert order != sorted(order) and order != datasets.shuffled(count, 0, 1).tolist()
 
 
-class Numbers:
-    """A source of ten crops of random numbers."""
-
-    def __init__(self, length=lambda i: 20):
-        self.length = length
-
-    clips = [datasets.Clip(str(i)) for i in range(10)]
-
-    def __len__(self):
-        return 10
-
-    def crop(self, i, rng):
-        return rng.integers(-9, 9, self.length(i)).astype(np.int16)
+def random_source(length):
+    """Ten clips of random numbers, labelled so that an epoch has each once."""
+    rng = np.random.default_rng(0)
+    clips = [datasets.Clip(str(i), ("a",), samples=length(i), audio=rng.integers(-9, 9, length(i)).astype(np.int16))
+             for i in range(10)]
+    return datasets.ClipSet(clips, ["a"])
 
 
-def test_batches_do_not_depend_on_processes_or_history():
-    source = Numbers(lambda i: i + 1)
-    whole = list(datasets.batches(source, 4, 5, seed=3, samples=12))
-    assert sorted(torch.cat([numbers for _, _, numbers in whole])[:10].tolist()) == list(range(10))
-    halves = [list(datasets.batches(source, 4, 5, 3, first=2, rank=r, world=2, samples=12)) for r in range(2)]
+@pytest.mark.parametrize("workers", [0, 1, 2, 8])
+def test_batches_do_not_depend_on_threads_processes_or_history(workers):
+    source = random_source(lambda i: i + 1)
+    whole = list(datasets.batches(source, 4, 5, seed=3, samples=12, workers=0))
+    assert sorted(np.concatenate([numbers for _, _, numbers in whole])[:10].tolist()) == list(range(10))
+    halves = [list(datasets.batches(source, 4, 5, 3, first=2, rank=r, world=2, samples=12, workers=workers))
+              for r in range(2)]
     for u in range(3):
-        for part in range(3):
-            assert torch.equal(whole[u + 2][part], torch.cat([half[u][part] for half in halves]))
+        for one, *two in zip(whole[u + 2], *(half[u] for half in halves), strict=True):
+            assert np.array_equal(one, np.concatenate(two))
     waveform, lengths, numbers = whole[0]
-    assert torch.equal(lengths, numbers + 1)
+    assert np.array_equal(lengths, numbers + 1)
     assert all((row[n:] == 0).all() for row, n in zip(waveform, lengths, strict=True))
-    shorter = next(iter(datasets.batches(source, 4, 5, seed=3)))        # padded to its own longest crop
+    shorter = next(datasets.batches(source, 4, 5, seed=3, workers=workers))     # padded to its own longest crop
     assert shorter[0].shape[1] == lengths.max() < 12 and torch.equal(shorter[1], lengths)
 
 
 def test_each_epoch_has_its_own_order_and_crops():
-    (first, _, order), (second, _, other) = datasets.batches(Numbers(), 10, 2, seed=3)
-    assert sorted(order.tolist()) == sorted(other.tolist()) == list(range(10)) and not torch.equal(order, other)
+    source = random_source(lambda i: 48_000)
+    source.seconds = 1.0
+    (first, _, order), (second, _, other) = datasets.batches(source, 10, 2, seed=3)
+    assert sorted(order) == sorted(other) == list(range(10)) and not np.array_equal(order, other)
     assert not torch.equal(first[order.argsort()], second[other.argsort()])
-    (_, _, another), = datasets.batches(Numbers(), 10, 1, seed=4)
-    assert not torch.equal(order, another)                      # and each seed
+    (_, _, another), = datasets.batches(source, 10, 1, seed=4)
+    assert not np.array_equal(order, another)                   # and each seed
+
+
+def test_crops_are_those_with_which_the_readme_was_measured(tmp_path):
+    """Of a pack, over several epochs and drawn by class: a hash of what three batches hold."""
+    clips = [datasets.Clip(f"{i}", ("ab"[i % 2],), samples=n, audio=(np.arange(n) * (i + 7) % 60_000 - 30_000).astype(
+        np.int16)) for i, n in enumerate([20_000, 70_000, 3_000, 160_000])]
+    balanced = datasets.ClipSet(clips, "ab", seconds=1.0)
+    for source, by_class, expected in ((datasets.ClipSet(clips, seconds=1.0), None, "db8c25d2998abd38"),
+                                       (balanced, balanced.clips_by_class(), "51a81cb494a987a2")):
+        digest = hashlib.sha256()
+        for waveform, lengths, numbers in datasets.batches(source, 24, 3, 5, samples=16_000, clips_by_class=by_class):
+            digest.update(waveform.numpy().tobytes() + bytes(lengths // 1000) + bytes(list(numbers)))
+        assert digest.hexdigest()[:16] == expected
+
+
+def test_threads_end_with_the_loop():
+    """Whether it comes to its end, is left, or a result is an error, which comes in its place."""
+    def work(n):
+        if n == 7:
+            raise InputError("seven")
+        return n * n
+
+    before = threading.active_count()
+    assert list(datasets.in_threads(work, range(7), 3)) == [n * n for n in range(7)]
+    found = []
+    with pytest.raises(InputError, match="seven"):
+        for value in datasets.in_threads(work, range(20), 3):
+            found.append(value)
+    assert found == [n * n for n in range(7)] and threading.active_count() == before
+    results = datasets.in_threads(work, iter(range(6)), 2)
+    next(results)
+    results.close()
+    assert threading.active_count() == before
 
 
 # ========================================================================= 3. the scripts
@@ -2119,7 +2164,7 @@ def test_held_out_loss_is_that_of_recordings_never_trained_on(pretrained, monkey
     checkpoint, source = load_checkpoint(out), datasets.open_unlabelled([folder], 2.0)[1]
     model, frontend = pretrain.load_encoder(checkpoint)
     args = types.SimpleNamespace(seconds=2.0, dtype=None)
-    calls = spy(monkeypatch, datasets.ClipSet, "crop")
+    calls = spy(monkeypatch, datasets.ClipSet, "batch")
     figures = [pretrain.held_out_figures(model, frontend, source, args) for _ in range(2)]
     assert figures[0] == figures[1] and model.training
     assert figures[0]["held_out_loss"] == pytest.approx(read_log(out)[1][0]["held_out_loss"], rel=1e-5)
@@ -2413,30 +2458,21 @@ def test_two_processes_train_as_one(pretrained, tmp_path, call):
     assert_close_weights(tmp_path / "one" / "checkpoint.pt", tmp_path / "two" / "checkpoint.pt")
 
 
-def test_workers_may_be_spawned(pretrained, tmp_path, monkeypatch, call):
-    """As on macOS and Windows, where a worker is a new Python that opens the packed folder itself."""
-    loader = torch.utils.data.DataLoader
-    monkeypatch.setattr(torch.utils.data, "DataLoader", lambda *inputs, num_workers=0, **options: loader(
-        *inputs, num_workers=num_workers, multiprocessing_context="spawn" if num_workers else None, **options))
-    call("pretrain.py", *pretrained[0], "--workers", 2, "--out", tmp_path / "run")
-    assert_same_run(pretrained[1], tmp_path / "run")
+@pytest.mark.parametrize("fault", ["cut", "gone"])
+def test_a_recording_that_can_not_be_read_ends_the_run_in_a_line(pretrained, tmp_path, call, monkeypatch, fault):
+    """Though a thread reads it, ahead of the update that needs it."""
+    shutil.copytree(pretrained[0][1], tmp_path / "packed")
+    audio = tmp_path / "packed" / "audio.int16"
+    build = pretrain.build
 
-
-@pytest.mark.parametrize("fault, message", [
-    (lambda: Path("/nowhere/at all").read_bytes(), "/nowhere/at all"),
-    (lambda: os.kill(os.getpid(), signal.SIGKILL), "process that reads data was killed")])
-def test_a_data_worker_that_fails_ends_the_run_in_a_line(pretrained, tmp_path, monkeypatch, capfd, fault, message):
-    """Within a minute, and without waiting for the other workers."""
-    crop, log, training = datasets.ClipSet.crop, pretrain.Log, []
-
-    def fail(self, i, rng):
-        if training and torch.utils.data.get_worker_info() and rng.random() < 0.2:
-            fault()
-        return crop(self, i, rng)
-    monkeypatch.setattr(datasets.ClipSet, "crop", fail)
-    monkeypatch.setattr(pretrain, "Log", lambda *inputs: (training.append(True), log(*inputs))[1])
-    assert run_forked("pretrain.py", *pretrained[0], "--updates", 500, "--workers", 2, "--out", tmp_path / "run") == [2]
-    assert message in capfd.readouterr().err
+    def damage(*inputs):
+        model = build(*inputs)
+        os.truncate(audio, 1000) if fault == "cut" else audio.unlink()
+        return model
+    monkeypatch.setattr(pretrain, "build", damage)
+    message = call("pretrain.py", "--data", tmp_path / "packed", *pretrained[0][2:], "--workers", 2, "--out",
+                   tmp_path / "run", code=2)
+    assert re.search(r"audio.int16: \d.flac (is not all there|can't be read .No such file)", message)
 
 
 @soak
@@ -2454,7 +2490,7 @@ def test_processes_that_found_another_checkpoint_or_other_data_are_refused(pretr
     for number in range(2):
         (tmp_path / str(number)).mkdir()
         if updates or number == 0:
-            torch.save(dict(update=6, script="pretrain.py", args={}, data="same"), tmp_path / str(number) / "checkpoint.pt")
+            torch.save(dict(update=6, script="pretrain.py", args={}, data="same", log_mels=LOG_MELS), tmp_path / str(number) / "checkpoint.pt")
 
     def start(rank):
         os.environ.update(RANK=str(rank), WORLD_SIZE="2")
@@ -2475,12 +2511,12 @@ def test_requirements_are_what_the_modules_import():
 def test_folds_are_in_the_order_of_their_numbers():
     data = labelled_set([(0,), (1,)] * 24, splits=[str(i % 12 + 1) for i in range(48)])
     assert finetune.folds_of(data) == [str(i) for i in range(1, 13)]
-    assert set(finetune.split(data, "9", parse_finetune("--validate"))[1].splits) == {"10"}
+    assert set(parts(data, "9", "--validate")[1].splits) == {"10"}
     assert finetune.folds_of(labelled_set([(0,)], splits=["train"])) == []
 
 
-@pytest.mark.parametrize("side, counts", [("train", "2 clips to train on, 0 to validate and 0 to test on"),
-                                          ("test", "0 clips to train on, 0 to validate and 2 to test on")])
+@pytest.mark.parametrize("side, counts", [("train", "2 clips to train on and 0 to test on"),
+                                          ("test", "0 clips to train on and 2 to test on")])
 def test_a_set_with_one_side_only_is_refused(side, counts):
     data = labelled_set([(0,), (1,)], splits=[side] * 2)
     with pytest.raises(InputError, match=counts):
@@ -2579,7 +2615,7 @@ def test_fine_tuning_over_folds_from_a_checkpoint(pretrained, esc50, tmp_path, c
         out = tmp_path / f"run{number}"
         printed = call("finetune.py", *esc50, "--init", pretrained[1], "--fold", "all", "--fraction", 0.5, "--updates", 3,
                        "--validate", "--out", out, *options)
-        assert printed.count("mean accuracy over 5 folds") == 1 and printed.count("validation: ") == 5
+        assert printed.count("mean accuracy over 5 folds") == 1 and printed.count(" on 6 validation clips; ") == 5
         found = [result(out / f"fold{fold}") for fold in range(1, 6)]
         assert [int(one["train"].split()[0]) for one in found] == [9] * 5 and found[0]["args"]["loss"] == (
             "bce" if number else "ce")
@@ -2604,10 +2640,11 @@ def test_logits_are_those_of_each_clip_alone_and_whole():
     """In groups of similar length, padded; in training only crops would be heard."""
     rng = np.random.default_rng(0)
     waveforms = [rng.integers(-9000, 9000, n).astype(np.int16) for n in (9_000, 16_000, 4_000, 16_000, 700)]
-    clips = [datasets.Clip("", ("a",), samples=len(x), read=functools.partial(np.asarray, x)) for x in waveforms]
+    clips = [datasets.Clip("", ("a",), samples=len(x), audio=x) for x in waveforms]
     data = datasets.ClipSet(clips, ["a", "b", "c"], "accuracy", seconds=0.5)
     model, front = finetune.Classifier(Wav2Vec2("tiny", **SMALL), 3), LogMel()
     logits = finetune.compute_logits(model, front, data, parse_finetune(), batch_seconds=2)
+    model.eval()
     for waveform, found in zip(waveforms, logits, strict=True):
         with torch.no_grad():
             alone = model(front(torch.from_numpy(waveform)[None]))[0]
@@ -2651,7 +2688,7 @@ def test_what_was_trained_is_saved_before_it_is_tested(tmp_path, monkeypatch, ca
     def fail(*_):
         raise InputError("x")
     with monkeypatch.context() as patch:
-        patch.setattr(finetune, "evaluate", fail)
+        patch.setattr(finetune, "compute_logits", fail)
         call(*options, code=2)
     assert finetune.load_run(tmp_path / "run")[2] == ["a", "b"]
     steps = spy(monkeypatch, finetune, "compute_loss")
@@ -2819,7 +2856,7 @@ def test_the_readme_has_the_recipes_of_the_data_sets():
 def test_the_readme_has_the_numbers_of_synthetic_clips():
     readme = " ".join((HERE / "README.md").read_text().split())
     unlabelled, held_out = datasets.open_unlabelled(["synth"], 5.0)
-    train, test = (option.default for option in inspect.signature(datasets.synth_set).parameters.values())
+    train, test = (option.default for option in inspect.signature(datasets.synth_labelled).parameters.values())
     assert f"{train:,} labelled synthetic clips" in readme and f"{len(unlabelled):,} unlabelled" in readme
     assert f"on {test} clips" in readme and len(held_out) == 100
 
@@ -2884,7 +2921,7 @@ def test_bad_input_gets_one_line_and_exit_code_2(tmp_path, monkeypatch, call, sc
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.pt").write_text("no checkpoint")
     torch.save(dict(model=Evil()), tmp_path / "evil.pt")
-    torch.save(dict(model={}, settings={}, script="finetune.py"), tmp_path / "other.pt")
+    torch.save(dict(model={}, settings={}, script="finetune.py", log_mels=LOG_MELS), tmp_path / "other.pt")
     write_table(tmp_path, "1.wav,a;b,train", "2.wav,b,test").rename(tmp_path / "good.csv")
     write_table(tmp_path, "1.wav,a,train", "2.wav,b,tset").rename(tmp_path / "table.csv")
     for placeholder in ("TABLE.csv", "GOOD.csv", "EMPTY", "TEXT.pt", "EVIL.pt", "OTHER.pt"):
