@@ -57,18 +57,14 @@ class Clip(NamedTuple):
 
     def read(self, start, row):
         """Fill `row`, int16, with its samples from `start` on. Raises InputError where they can't be read."""
-        if not isinstance(self.audio, str):
+        if isinstance(self.audio, str):
+            with reading(f"{self.audio}, {self.name}", "pack it again"), open(self.audio, "rb", buffering=0) as file:
+                file.seek(2 * (self.first + start))
+                if file.readinto(row) < row.nbytes:             # a single read, straight into the row
+                    raise EOFError("not all of it is there")
+        else:
             waveform = self.audio() if callable(self.audio) else self.audio
             row[:] = waveform[start:start + len(row)]
-            return
-        try:
-            with open(self.audio, "rb", buffering=0) as file:       # a single read, straight into the row
-                file.seek(2 * (self.first + start))
-                count = file.readinto(row)
-        except OSError as error:
-            raise InputError(f"{self.audio}: {self.name} can't be read ({error.strerror})") from None
-        if count < row.nbytes:
-            raise InputError(f"{self.audio}: {self.name} is not all there: pack it again")
 
 
 class ClipSet:
@@ -177,9 +173,10 @@ def read_audio(path):
     """A recording of any rate, as far as it decodes: mono int16 (S,) at 16 kHz, without its offset (as heard in the
     first minute), the loudest sample at full scale, as level does not count (see `LogMel`): nothing is clipped or lost.
     And a note, "" where all is well. Raises InputError for what can't be decoded and for values that are not finite."""
-    notes, minutes = [], []
-    nothing = np.zeros(0, np.float32)
-    before, offset = nothing, None
+    notes = []
+    minutes = []
+    before = nothing = np.zeros(0, np.float32)
+    offset = None
     # A minute at a time, to save memory, each with a second of what is around it: further than the filter reaches.
     blocks = itertools.chain(decode(path, notes), [(nothing, None)])
     for (minute, rate), (following, _) in itertools.pairwise(blocks):
@@ -209,7 +206,8 @@ def decode(path, notes):
             raise InputError(f"{path}: a sample rate of {rate} Hz can't be right")
         # Else soundfile seeks after each read, and an MP3's decoder loses bits that were kept in the frames before.
         file.seekable = lambda: False
-        samples, damage = 0, ""
+        samples = 0
+        damage = ""
         while not damage:
             minute, damage = read_minute(file)
             if len(minute) == 0:
@@ -427,8 +425,10 @@ PACKED = ("name", "labels", "split", "group", "samples", "note")        # what i
 def open_pack(folder):
     """What `pack` wrote: a list of `Clip` and the header. Raises InputError where it is missing or damaged, or of
     another sample rate."""
-    clips, first = [], 0
-    audio, index = os.path.join(folder, "audio.int16"), os.path.join(folder, "index.jsonl")
+    audio = os.path.join(folder, "audio.int16")
+    index = os.path.join(folder, "index.jsonl")
+    clips = []
+    first = 0
     if not os.path.exists(index):
         raise InputError(f"{folder}: holds no packed audio: `python datasets.py pack` packs a folder of recordings")
     with reading(folder, "delete it and pack again"), open(index) as lines:
@@ -618,7 +618,8 @@ def kinetics700(root):
                           ("test", ("validate.csv", "val.csv", "kinetics700_val.csv", "kinetics_val.csv"))):
         table = files.table(*tables)
         for row in read_table(table, ("label", "youtube_id", "time_start", "time_end")):
-            start, end = int(float(row["time_start"])), int(float(row["time_end"]))
+            start = int(float(row["time_start"]))
+            end = int(float(row["time_end"]))
             name = f"{row['youtube_id']}_{start:06}_{end:06}"
             clips.append(Clip(name, (row["label"],), split, path=files.find(name, row["youtube_id"])))
     return clips, None
@@ -758,7 +759,8 @@ def load_labelled(data, root=None, workers=None):
     """
     skipped = []
     if data == "synth":
-        clips, header = synth_labelled(), dict(classes=list(SOUND_CLASSES), metric="mAP", missing=0)
+        clips = synth_labelled()
+        header = dict(classes=list(SOUND_CLASSES), metric="mAP", missing=0)
     elif root is not None and (Path(root) / "audio.int16").exists():
         clips, header = open_pack(root)
         skipped = header["skipped"]
@@ -767,7 +769,8 @@ def load_labelled(data, root=None, workers=None):
                              f"with --data, or pack the data set with --data {data}")
     else:
         named, header = read_tables(data, root)
-        clips, hours = [], 0.0
+        clips = []
+        hours = 0.0
         for clip, waveform in (read_own if data in OWN else read_clips)(named, skipped, workers):
             clips.append(clip._replace(audio=waveform))
             hours += clip.samples / SAMPLE_RATE / 3600
@@ -1024,7 +1027,8 @@ def in_threads(function, items, workers):
     if workers == 0:
         yield from map(function, items)
         return
-    ahead, pool = collections.deque(), ThreadPoolExecutor(workers)
+    ahead = collections.deque()
+    pool = ThreadPoolExecutor(workers)
     try:
         for item in items:
             ahead.append(pool.submit(function, item))
@@ -1033,7 +1037,8 @@ def in_threads(function, items, workers):
         while ahead:
             yield ahead.popleft().result()
     finally:
-        pool.shutdown(cancel_futures=True)
+        # After Ctrl-C nobody waits for the end of a long recording.
+        pool.shutdown(wait=sys.exc_info()[0] is not KeyboardInterrupt, cancel_futures=True)
 
 
 def rank():
@@ -1114,17 +1119,18 @@ def run_script(main):
     try:
         return main()
     except (InputError, OSError) as error:
-        message, code = str(error), 2
+        message = str(error)
     except (MemoryError, torch.OutOfMemoryError):
-        message, code = "out of memory: give a smaller --micro-batch or --size, or shorter recordings", 2
+        message = "out of memory: give a smaller --micro-batch or --size, or shorter recordings"
     except RuntimeError as error:
         if not re.search("[Nn]o working C.. compiler|working triton", str(error)):
             raise
-        message, code = "--compile found no C++ compiler, or no Triton for the GPU: install it, or leave --compile out", 2
+        message = "--compile found no C++ compiler, or no Triton for the GPU: install it, or leave --compile out"
     except KeyboardInterrupt:
-        message, code = "interrupted", 130
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(130)           # without waiting for threads
     tqdm.write(f"{Path(sys.argv[0]).name}: {message}", sys.stderr)         # below a bar, not into it
-    sys.exit(code)
+    sys.exit(2)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ ESC-50, and ESC-10 with a third of its labels, all five folds, from your own pre
 Several GPUs: `torchrun --nproc_per_node=8 finetune.py ...`. Then use the result:
     python finetune.py --predict dog.wav rain.mp3 --init runs/finetune
     python finetune.py --embed dog.wav rain.mp3 --init runs/finetune --out embeddings.npy
-    python finetune.py --predict dog.wav --init runs/finetune --plot dog.png
 The run's folder has the model, model.pt, and its score, result.json; with --fold all a folder for each fold.
 
 Shapes: B clips, S samples, T frames, L latents in time, D width, C classes. What heads call frames are the steps of
@@ -33,7 +32,7 @@ import metrics
 from conformer import BatchNorm
 from datasets import (READERS, InputError, Parser, batches, derive_seed, find_device, hold_out, in_range, load_labelled,
                       progress, rank, read_audio, reading, run_script, say, world_size, write_whole)
-from frontend import HOP, MELS, SAMPLE_RATE, LogMel, frame_count, padding_mask
+from frontend import HOP, SAMPLE_RATE, LogMel, frame_count, padding_mask
 from pretrain import (add_running_options, all_reduce, autocast, compile_blocks, fetch, init_distributed, leave,
                       load_checkpoint, load_encoder, resume, save_checkpoint, step_if_finite, training_bar)
 from wav2vec2 import SIZES, Wav2Vec2
@@ -171,8 +170,10 @@ def augment_batch(waveform, lengths, frontend, args, generator):
     waveform (B, S) is this process's part of a batch. The random numbers are drawn for the whole batch, whichever
     part this process has; mixup's partners come from its own part.
     """
-    B, versions = len(waveform), []
-    all_clips, own_clips = B * world_size(), slice(rank() * B, (rank() + 1) * B)
+    B = len(waveform)
+    all_clips = B * world_size()
+    own_clips = slice(rank() * B, (rank() + 1) * B)
+    versions = []
     for _ in range(2 if args.consistency else 1):
         rand = torch.rand(all_clips, 4, generator=generator)[own_clips].to(waveform.device)
         order = torch.randperm(all_clips, generator=generator)[own_clips].argsort().argsort()       # of the own clips
@@ -272,7 +273,8 @@ def split(data, fold, args):
     if not training.any() or not test.any():
         raise InputError(f"{args.data}: there are {training.sum()} clips to train on and {test.sum()} to "
                          f"{'validate' if args.validate else 'test'} on: too few")
-    training, test = data.subset(np.flatnonzero(training)), data.subset(np.flatnonzero(test))
+    training = data.subset(np.flatnonzero(training))
+    test = data.subset(np.flatnonzero(test))
     if args.fraction < 1:
         training = training.fraction(args.fraction, args.seed)
     training.seconds = args.seconds
@@ -382,18 +384,17 @@ def compute_logits(model, frontend, data, args, batch_seconds=320):
     bar = progress(None, "evaluate", total=len(data))
     while len(order):
         longest = data.samples[order[0]] / SAMPLE_RATE
-        count = max(1, min(256, int(batch_seconds / longest)))
-        if longest > MINUTE:
-            count = 1
-        numbers, order = order[:count], order[count:]
+        count = max(1, min(256, int(batch_seconds / longest))) if longest <= MINUTE else 1
+        numbers, order = np.split(order, [count])
         waveform, lengths = data.batch(numbers)
         with autocast(device, args.dtype), torch.compiler.set_stance("force_eager"):        # so many shapes
-            if longest > MINUTE:
-                _, x = encode_in_parts(waveform[0], model.encoder, frontend)
-                logits[numbers] = model.clip_logits(x[None]).float().cpu()
-            else:
+            if longest <= MINUTE:
                 log_mel = frontend(waveform.to(device), lengths)
-                logits[numbers] = model(log_mel, padding_mask(lengths, log_mel)).float().cpu()
+                result = model(log_mel, padding_mask(lengths, log_mel))
+            else:
+                _, x = encode_in_parts(waveform[0], model.encoder, frontend)
+                result = model.clip_logits(x[None])
+        logits[numbers] = result.float().cpu()
         bar.update(count)
     bar.close()
     model.train()
@@ -407,26 +408,19 @@ def compute_logits(model, frontend, data, args, batch_seconds=320):
 
 def run_inference(args):
     """--predict and --embed. Raises InputError at the end for recordings that can't be read."""
-    sounds, target = args.predict or args.embed, args.out if args.embed else args.plot
-    if args.embed and not args.out:
-        raise InputError("--embed needs --out, the .npy file to write")
-    if args.plot and (len(sounds) != 1 or Path(args.plot).suffix not in (".png", ".svg", ".pdf")):
-        raise InputError("--plot draws one recording, which --predict names, into a .png, .svg or .pdf")
-    if target and Path(target).exists():
-        raise InputError(f"{target}: exists already; name a new file")
+    if args.embed and (not args.out or Path(args.out).exists()):
+        raise InputError("--embed needs --out, the .npy file to write, which must not be there yet")
     model, frontend, classes = load_run(args.init, find_device(args.device))
     if args.predict and not classes:
         raise InputError(f"{args.init}: is pre-trained only and knows no classes: fine-tune it first")
     embeddings, errors = [], []
-    for sound in sounds:
+    for sound in args.predict or args.embed:
         try:
             if args.embed:
                 embeddings.append(embed(sound, model, frontend))
-                continue
-            probabilities, events = predict(sound, model, frontend, classes, args.threshold)
-            print_prediction(sound, probabilities, events, args.json)
-            if args.plot:
-                plot_prediction(args.plot, sound, model, frontend, classes, probabilities, events)
+            else:
+                probabilities, events = predict(sound, model, frontend, classes, args.threshold)
+                print_prediction(sound, probabilities, events, args.json)
         except InputError as error:
             errors.append(str(error))
     if embeddings:
@@ -527,39 +521,6 @@ def print_prediction(sound, probabilities, events, as_json):
         print(f"{onset:8.2f} to {offset:7.2f} s  {name}")
 
 
-@torch.no_grad()
-def plot_prediction(out, sound, model, frontend, classes, probabilities, events):
-    """Draw what `predict` returns: log-mels, below them the probabilities of the five most probable classes over time
-    (of each step or, for heads without, about each second), boxes around events. Needs matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("--plot needs another package: pip install matplotlib") from None
-
-    log_mel, x = encode_recording(sound, model, frontend)
-    steps = 1 if model.head == "frames" else min(len(x), 12)        # that make a column
-    parts = x[:len(x) // steps * steps].unflatten(0, (-1, steps))
-    columns = model.probabilities(model.clip_logits(parts)).cpu().numpy()
-    seconds = len(log_mel) * HOP / SAMPLE_RATE
-    end = len(columns) * steps * model.encoder.settings["stack"] * HOP / SAMPLE_RATE
-    top = list(probabilities)[:5]
-    image = columns[:, [classes.index(name) for name in top]].T
-    figure = Figure((9, 5), layout="constrained")
-    above, below = figure.subplots(2, sharex=True)
-    above.imshow(log_mel.T.cpu().numpy(), origin="lower", aspect="auto", extent=(0, seconds, 0, MELS), cmap="magma",
-                 vmin=-3, vmax=3)
-    above.set_title(Path(sound).name, parse_math=False)
-    above.set_ylabel("mel band")
-    below.imshow(image, aspect="auto", vmin=0, vmax=1, cmap="Blues", interpolation="nearest",
-                 extent=(0, end, len(top) - 0.5, -0.5))
-    below.set(xlabel="seconds", xlim=(0, seconds))
-    below.set_yticks(range(len(top)), [f"{name}  {probabilities[name]:.2f}" for name in top], parse_math=False)
-    for onset, offset, name in events or ():
-        if name in top:
-            below.broken_barh([(onset, offset - onset)], (top.index(name) - 0.45, 0.9), fc="none", ec="tab:red", lw=0.8)
-    figure.savefig(out, dpi=120)
-
-
 # -------------------------------------------------------------------------- the HEAR 2021 interface (hearbenchmark.com)
 
 
@@ -567,8 +528,10 @@ def load_model(model_file_path="runs/pretrain"):
     """HEAR: the encoder of a run, and what HEAR must know of it. Raises InputError as `load_run`."""
     model, frontend, _ = load_run(model_file_path)
     model = getattr(model, "encoder", model)
-    model.frontend, model.sample_rate = frontend, SAMPLE_RATE
-    model.timestamp_embedding_size, model.scene_embedding_size = model.settings["dim"], 2 * model.settings["dim"]
+    model.frontend = frontend
+    model.sample_rate = SAMPLE_RATE
+    model.timestamp_embedding_size = model.settings["dim"]
+    model.scene_embedding_size = 2 * model.settings["dim"]
     return model
 
 
@@ -576,7 +539,8 @@ def load_model(model_file_path="runs/pretrain"):
 def get_timestamp_embeddings(audio, model):
     """HEAR: audio (B, S) in [-1, 1] -> embeddings (B, L, D) by the middle block, and the time of each in ms (B, L)."""
     x, _ = model.encode(model.frontend(audio), layer=middle_block(model))
-    stack, end = model.settings["stack"], 1000 * audio.shape[1] / SAMPLE_RATE
+    stack = model.settings["stack"]
+    end = 1000 * audio.shape[1] / SAMPLE_RATE                                           # ms
     frames = torch.arange(x.shape[1], device=x.device) * stack + (stack - 1) / 2        # frame t is centred on t hops
     return x, (frames * (1000 * HOP / SAMPLE_RATE)).clamp(max=end).expand(len(x), -1)
 
@@ -618,7 +582,7 @@ RECIPES = {
 def parse(argv=None):
     """The options, with what the data set leaves open filled in. Raises InputError for impossible options."""
     parser = Parser(prog="finetune.py", description=__doc__,
-                    epilog="Some defaults depend on the data set (RECIPES in finetune.py).")
+                    epilog="'By data set': see DEFAULTS and RECIPES in finetune.py.")
     add = parser.add_argument_group("run").add_argument
     add("--init", nargs="?", const="runs/pretrain", metavar="RUN", help="start from this pre-training run (no name: "
         "runs/pretrain); without it, from scratch")
@@ -633,8 +597,6 @@ def parse(argv=None):
     add("--threshold", type=in_range(float, 0, 1), default=0.5, help="with --predict: of frame probabilities "
         "(%(default)s)")
     add("--json", action="store_true", help="with --predict: a line of JSON for each recording, with all classes")
-    add("--plot", metavar="FILE", help="with --predict of one recording: draw its log-mels, and when the five most "
-        "probable classes are heard (.png, .svg, .pdf)")
 
     add = parser.add_argument_group("data").add_argument
     add("--data", choices=READERS, default="synth", help="'synth' is made on the fly; 'folder' are your own sounds, a "
@@ -645,8 +607,7 @@ def parse(argv=None):
     add("--fraction", type=in_range(float, 1e-6, 1), default=1.0, help="of the training clips, class by class "
         "(%(default)s)")
     add("--balance", action=argparse.BooleanOptionalAction, help="draw all classes equally often (Sec. 4.1; audioset)")
-    add("--seconds", type=in_range(float, 0.1, 3600), help="of longer clips, train on random crops (10; synth, folder, "
-        "csv 5, esc10 3)")
+    add("--seconds", type=in_range(float, 0.1, 3600), help="of longer clips, train on random crops (by data set)")
     add("--validate", action="store_true", help="score validation clips instead of test clips, for choosing options: "
         "those of the set, else the next fold, else a tenth of the training clips, which is held out")
 
@@ -654,22 +615,21 @@ def parse(argv=None):
     add("--size", choices=SIZES, help="from scratch (tiny); with --init the size is that of the run")
     add("--head", choices=[*POOLINGS, "frames"], help="average the embeddings, then a linear layer; 'stats': "
         "average and deviation, better with few labels; 'frames': probabilities at each step, then linear softmax "
-        "pooling, which also tells when (mean; audioset frames; synth, esc10, folder, csv stats)")
+        "pooling, which also tells when (by data set)")
     add("--freeze", action="store_true", help="train the head only; takes a larger --lr, such as 1e-2")
-    add("--head-dropout", type=in_range(float, 0, 0.99), help="more works against overfitting (by data set, "
-        "0.1 to 0.3)")
+    add("--head-dropout", type=in_range(float, 0, 0.99), help="more works against overfitting (by data set)")
 
     add = parser.add_argument_group("optimisation (Sec. 4)").add_argument
-    add("--updates", type=in_range(int, 1, 10**9), help="(esc10 400, synth, folder, csv 1000, ..., audioset 60000)")
-    add("--batch-size", type=in_range(int, 1, 10**6), help="clips in an update, over all processes (by data set, "
-        "16 to 640)")
-    add("--lr", type=in_range(float, 1e-12, 1e6), help="peak learning rate (by data set, 3e-4 to 1e-3)")
-    add("--loss", choices=["bce", "ce"], help="binary cross-entropy or, for one label a clip, cross-entropy (bce; "
-        "esc10, folder, csv ce where each clip has one and --head is not frames)")
+    add("--updates", type=in_range(int, 1, 10**9), help="(by data set)")
+    add("--batch-size", type=in_range(int, 1, 10**6), help="clips in an update, over all processes (by data set). "
+        "Small sets are trained in one process: the head 'stats' standardises over a process's own clips")
+    add("--lr", type=in_range(float, 1e-12, 1e6), help="peak learning rate (by data set)")
+    add("--loss", choices=["bce", "ce"], help="binary cross-entropy or, for one label a clip, cross-entropy (by data "
+        "set)")
     add("--augment", nargs="*", choices=["jitter", "time_mask", "mixup"], metavar="NAME", help="those of jitter, "
-        "time_mask and mixup to apply; no name: none (all; synth, esc10, folder, csv jitter)")
+        "time_mask and mixup to apply; no name: none (by data set)")
     add("--consistency", type=in_range(float, 0, 1e6), help="weight of the consistency loss (Sec. 4.2); 0 halves the "
-        "time (2; synth, esc10, folder, csv 0)")
+        "time (by data set)")
     add_running_options(parser)
 
     args = parser.parse_args(argv)

@@ -35,12 +35,12 @@ from conformer import NORMS
 from datasets import (InputError, Parser, batches, derive_seed, find_device, in_range, open_unlabelled,
                       progress, rank, reading, run_script, say, world_size, write_whole)
 from frontend import LOG_MELS, SAMPLE_RATE, LogMel, frame_count, padding_mask
-from wav2vec2 import COMMON, SIZES, Wav2Vec2, collapse_warning, span_mask, summarize
+from wav2vec2 import COMMON, SIZES, Wav2Vec2, collapse_warning, summarize
 
 # Defaults of these options. The paper states updates, warm-up and learning rate of small and large (Sec. 2.3). A
 # checkpoint of large has 1 GB: every 500 updates, eight GPUs would spend half their time on writing it.
 LONG = dict(updates=300_000, warmup=10_000, lr=3e-4, batch_size=256, seconds=10.0, checkpoint_every=5000)
-SCHEDULES = dict(tiny=dict(updates=400, warmup=40, lr=1e-3, batch_size=32, seconds=5.0, checkpoint_every=100),
+SCHEDULES = dict(tiny=dict(updates=1000, warmup=100, lr=1e-3, batch_size=32, seconds=5.0, checkpoint_every=100),
                  small=LONG, large=LONG)
 SETTINGS = {**SIZES["tiny"], **COMMON}      # a model's settings: names and types are the same in every size
 
@@ -83,13 +83,14 @@ def train(model, frontend, source, held_out, args, digest, checkpoint):
     done, skipped, skips = 0, 0, 0                  # updates; of these left out; of these the latest in a row
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
-        done, skipped = checkpoint["update"], checkpoint["skipped"]
+        done = checkpoint["update"]
+        skipped = checkpoint["skipped"]
     wrapped = model if world == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
     samples = round(args.seconds * SAMPLE_RATE)
     local_batch = args.batch_size // world
     own_clips = slice(rank() * local_batch, (rank() + 1) * local_batch)
     loader = batches(source, args.batch_size, args.updates, args.seed, done, rank(), world, args.workers, samples)
-    log = Log(args, done, model.flops(frame_count(samples)))
+    log = Log(args, done)
 
     # waveform (B, S) int16 and lengths (B,) in samples, on the CPU; numbers (B,) of the clips in the source.
     for update, (waveform, lengths, numbers) in enumerate(loader, done):
@@ -149,10 +150,6 @@ def build(args, checkpoint, source, device):
             model, frontend = Wav2Vec2(args.size, **changes), LogMel()
         except ValueError as error:
             raise InputError(str(error)) from None
-        latents = model.latent_count(frame_count(round(args.seconds * SAMPLE_RATE)))
-        if not span_mask(torch.rand(1, latents), model.settings["mask_prob"], model.settings["mask_length"]).any():
-            raise InputError(f"--seconds {args.seconds:g} gives {latents} latents, too few to mask some and see "
-                             "others: make it longer, or --mask-length or --stack smaller")
         sample = batches(source, 32, 16, args.seed, workers=args.workers)
         frontend.fit_normalization((waveform, lengths) for waveform, lengths, _ in
                                    progress(sample, "mean and deviation"))
@@ -183,15 +180,16 @@ def held_out_figures(model, frontend, source, args):
 
 class Log:
     """A run's progress, in the first process: the bar, log.jsonl and, if wanted, TensorBoard's curves. Continues after
-    `done` updates: later lines, and one that a killed run left incomplete, are dropped. `flops` are those of a clip."""
+    `done` updates: later lines, and one that a killed run left incomplete, are dropped."""
 
-    def __init__(self, args, done, flops):
-        self.path, self.every = Path(args.out) / "log.jsonl", args.log_every
-        self.batch_size, self.updates, self.flops = args.batch_size, args.updates, flops
+    def __init__(self, args, done):
+        self.args = args
+        self.path = Path(args.out) / "log.jsonl"
         self.bar = training_bar(args.updates, done, "pre-train")
         self.board = None
         self.sums = collections.Counter()           # over the updates since the last line
-        self.last_update, self.last_time, self.warned = done, time.perf_counter(), False
+        self.last_update, self.last_time = done, time.perf_counter()
+        self.warned = False
         if rank() == 0:
             lines = self.path.read_text().splitlines(True) if done else []
             kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["update"] <= done]
@@ -210,25 +208,25 @@ class Log:
                 self.board.add_scalar(name, value, update)
 
     def update(self, done, sums, lr, skips, skipped, due):
-        """After an update of these sums, and so many done: the bar and, every `every` updates or where one is due, a
+        """After an update of these sums, and so many done: the bar and, every --log-every updates or where one is due, a
         line. Of updates that were left out only their number is told."""
         self.bar.update()
         if skips == 0:
             self.sums.update(sums, updates=1)
-        if not self.sums or not (due or done % self.every == 0):
+        if not self.sums or not (due or done % self.args.log_every == 0):
             return
         now = time.perf_counter()
-        speed = (done - self.last_update) * self.batch_size / (now - self.last_time)            # clips a second
+        speed = (done - self.last_update) * self.args.batch_size / (now - self.last_time)            # clips a second
         figures = dict(lr=lr, skipped=skipped, gradient_norm=self.sums["gradient_norm"] / self.sums["updates"],
-                       clips_per_second=round(speed, 1), tflops=round(speed * self.flops / 1e12, 3),
-                       **summarize(self.sums))
+                       clips_per_second=round(speed, 1), **summarize(self.sums))
         self.write(done, **figures)
         self.bar.set_postfix_str(f"loss {figures['loss']:.2f} accuracy {figures['accuracy']:.2f} (chance "
                                  f"{figures['chance']:.2f}) lr {lr:.1e} {speed:.0f} clips/s")
-        warning = collapse_warning(figures, done / self.updates)
+        warning = collapse_warning(figures, done / self.args.updates)
         if warning and not self.warned and rank() == 0:
             self.bar.write(f"update {done}: {warning}", sys.stderr)
-        self.last_update, self.last_time, self.warned = done, now, bool(warning)
+        self.warned = bool(warning)
+        self.last_update, self.last_time = done, now
         self.sums.clear()
 
 
@@ -239,7 +237,7 @@ def parse(argv=None):
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", default=["synth"], help="'synth' (made on the fly), or folders that `datasets.py pack` "
         "wrote")
-    add("--seconds", type=in_range(float, 0.1, 3600), help="length of a crop: more gives more context and distractors, "
+    add("--seconds", type=in_range(float, 1, 3600), help="length of a crop: more gives more context and distractors, "
         "and costs more (tiny: 5, else 10)")
     add("--batch-size", type=in_range(int, 1, 10**6), help="crops in an update, of all processes (tiny: 32, else 256)")
     add("--out", default="runs/pretrain", help="folder of this run (%(default)s)")
@@ -262,7 +260,7 @@ def parse(argv=None):
         add(f"--{name}", type=type(SETTINGS[name.replace("-", "_")]), help=text)
 
     add = parser.add_argument_group("optimisation (Sec. 2.3)").add_argument
-    add("--updates", type=count, help="of the whole run (tiny: 400, else 300000)")
+    add("--updates", type=count, help="of the whole run (tiny: 1000, else 300000)")
     add("--warmup", type=in_range(int, 0, 10**9), help="updates to the peak (tiny: a tenth, else a thirtieth of all)")
     add("--lr", type=positive, help="peak learning rate (tiny: 1e-3, else 3e-4)")
     add("--max-grad-norm", type=positive, default=1.0, help="longer gradients are scaled down to it (%(default)s)")
@@ -398,7 +396,8 @@ def load_checkpoint(run, script=None):
     path = path / "checkpoint.pt" if path.is_dir() else path
     with reading(path, "use another checkpoint"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        written_by, log_mels = checkpoint["script"], checkpoint.get("log_mels")
+        written_by = checkpoint["script"]
+        log_mels = checkpoint.get("log_mels")
     if log_mels != LOG_MELS:
         raise InputError(f"{path}: was made with log-mels of {log_mels or 'an earlier version'}, but frontend.py's are "
                          f"{LOG_MELS}: train anew")
