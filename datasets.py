@@ -96,8 +96,11 @@ class ClipSet:
         """
         longest = round(self.seconds * SAMPLE_RATE)
         lengths = np.minimum(self.samples[numbers], longest) if generators else self.samples[numbers]
-        waveform = torch.empty(len(numbers), samples or lengths.max(), dtype=torch.int16,
-                               pin_memory=torch.cuda.is_available())
+        shape = len(numbers), samples or lengths.max()
+        if torch.cuda.is_available():
+            waveform = torch.empty(shape, dtype=torch.int16, pin_memory=True)
+        else:
+            waveform = torch.from_numpy(np.empty(shape, np.int16))      # numpy asks for large pages: twice as fast
         starts = np.zeros(len(numbers), int)
         if generators:
             starts = [rng.integers(n) for rng, n in zip(generators, self.samples[numbers] - lengths + 1, strict=True)]

@@ -5,6 +5,7 @@ into overlapping windows of 64 ms, one every 20 ms, measures the power at each f
 into 64 bands that are spaced as the ear hears, and takes the logarithm: 500 frames of 64 numbers
 for ten seconds. `resample` brings a recording of any other rate to 16 kHz first.
 """
+import functools
 import math
 
 import torch
@@ -135,41 +136,51 @@ def resample(waveform, from_rate, to_rate):
 
     waveform (..., S) float at `from_rate` Hz -> (..., ceil(S * to_rate / from_rate)) at `to_rate`.
     An output sample is the input convolved with a low-pass filter that is centred on the sample's
-    own time: a sinc of 64 zero crossings on either side under a Kaiser window (Kaiser 1974), which
-    damps what would alias by 80 dB; its transition is 8% of the lower rate's Nyquist frequency. Where
-    the output falls between the input samples repeats with a cycle of to_rate / gcd outputs, so few
-    filters serve a whole recording (polyphase): a matrix product of windows of input and filters.
-    Raises ValueError for a rate that is not a positive whole number.
+    own time, see `low_pass`. Where the output falls between the input samples repeats with a cycle of
+    to_rate / gcd outputs, so few filters serve a whole recording (polyphase): a matrix product of
+    windows of input and filters. Raises ValueError for a rate that is not a positive whole number.
     """
-    zeros, attenuation = 64, 80.0                     # zero crossings on either side; dB
     if min(from_rate, to_rate) < 1 or from_rate != int(from_rate) or to_rate != int(to_rate):
         raise ValueError(f"sample rates must be positive whole numbers, not {from_rate}, {to_rate}")
     if from_rate == to_rate or waveform.shape[-1] == 0:
         return waveform
     divisor = math.gcd(int(from_rate), int(to_rate))
     step, phases = int(from_rate) // divisor, int(to_rate) // divisor
-    lower = min(1.0, phases / step)                   # the lower of the rates, over from_rate
-    transition = (attenuation - 8) / (2.285 * math.pi * 2 * zeros)
-    cutoff = lower * (1 - transition / 2)
-    beta = torch.tensor(0.1102 * (attenuation - 8.7), dtype=torch.float64)
-    reach = math.ceil(zeros / lower)                  # of the filter, in input samples
 
     # A cycle takes `step` input samples to `phases` outputs. Short cycles are repeated to at least 64
     # outputs, long ones cut into pieces of 128, so that each matrix product is large enough to be fast.
-    joined = -(-64 // phases)
+    joined = math.ceil(64 / phases)
     step, phases = step * joined, phases * joined
-    count = -(-waveform.shape[-1] * phases // step)
-    cycles = -(-count // phases)
+    count = math.ceil(waveform.shape[-1] * phases / step)
+    cycles = math.ceil(count / phases)
+    reach = math.ceil(ZERO_CROSSINGS * max(1, step / phases))           # of a filter, in input samples
     padded = F.pad(waveform, (reach, reach + cycles * step + 1))
     output = waveform.new_empty(*waveform.shape[:-1], cycles, phases)
     for start in range(0, phases, 128):
-        n = torch.arange(start, min(start + 128, phases))
-        first, last = int(n[0]) * step // phases, int(n[-1]) * step // phases
-        taps = torch.arange(first - reach, last + reach + 2)
-        time = taps[:, None] - n.double() * step / phases     # (taps, n), in input samples
-        window = torch.i0(beta * (1 - (time / (reach + 1)).square()).clamp(min=0).sqrt())
-        kernel = cutoff * torch.sinc(cutoff * time) * window / torch.i0(beta)
-        kernel[time.abs() >= reach + 1] = 0
-        windows = padded[..., first:].unfold(-1, len(taps), step)[..., :cycles, :]
-        output[..., start:start + 128] = windows @ kernel.to(waveform)
+        first, filters = low_pass(step, phases, start, reach)
+        windows = padded[..., first:].unfold(-1, len(filters), step)[..., :cycles, :]
+        output[..., start:start + 128] = windows @ filters.to(waveform)
     return output.flatten(-2)[..., :count]
+
+
+ZERO_CROSSINGS = 64     # of a filter, on either side
+ATTENUATION = 80.0      # dB, of what would alias
+
+
+@functools.lru_cache(64)        # of one rate all recordings have the same
+def low_pass(step, phases, start, reach):
+    """The filters for outputs `start` to `start + 128` of a cycle that takes `step` inputs to `phases` outputs: a sinc
+    of 64 zero crossings on either side under a Kaiser window (Kaiser 1974), which damps what would alias by 80 dB; its
+    transition is 8% of the lower rate's Nyquist frequency. Returns the input with which they begin, and (taps, 128)."""
+    lower = min(1.0, phases / step)                                     # the lower of the rates, over from_rate
+    transition = (ATTENUATION - 8) / (2.285 * math.pi * 2 * ZERO_CROSSINGS)
+    cutoff = lower * (1 - transition / 2)
+    beta = torch.tensor(0.1102 * (ATTENUATION - 8.7), dtype=torch.float64)
+    n = torch.arange(start, min(start + 128, phases))
+    first, last = int(n[0]) * step // phases, int(n[-1]) * step // phases
+    taps = torch.arange(first - reach, last + reach + 2)
+    time = taps[:, None] - n.double() * step / phases                   # (taps, n), in input samples
+    window = torch.i0(beta * (1 - (time / (reach + 1)).square()).clamp(min=0).sqrt())
+    filters = cutoff * torch.sinc(cutoff * time) * window / torch.i0(beta)
+    filters[time.abs() >= reach + 1] = 0
+    return first, filters
