@@ -158,10 +158,10 @@ class ClipSet:
 
     def fingerprint(self):
         """What to compare when numbers differ: clips, a hash of their names, labels and lengths, mean and standard
-        deviation of the log-mels (before normalisation) of 200 of them."""
+        deviation of the log-mels (before normalisation) of 200 of them, of the first minute of each."""
         some = np.linspace(0, len(self) - 1, min(len(self), 200)).astype(int)
         frontend = LogMel()
-        values = torch.cat([frontend(self.waveform(i)[None])[0] for i in some])
+        values = torch.cat([frontend(self.waveform(i)[None, :60 * SAMPLE_RATE])[0] for i in some])
         return f"{len(self)} clips {self.digest()[:8]} log-mel {values.mean():.3f} +- {values.std():.3f}"
 
 
@@ -352,7 +352,9 @@ def read_own(clips, skipped, workers=None):
             skipped.append(f"{clip.name}: the same sound as {other.name}")
             continue
         stem = os.path.splitext(clip.name)[0]
-        yield clip._replace(group=clip.group or stem * (stems[stem] > 1)), waveform
+        if stems[stem] > 1 and not clip.group:
+            clip = clip._replace(group=stem)
+        yield clip, waveform
 
 
 def walk(folder):
@@ -660,7 +662,9 @@ def own_table(root):
                              "dog;rain")
         labels = [name.strip() for name in row["labels"].split(";") if name.strip()]
         split = (row.get("split") or row.get("fold") or "").strip().lower()
-        split = {"val": "valid", "validation": "valid"}.get(split, split.lstrip("0"))       # fold 01 is fold 1
+        split = {"val": "valid", "validation": "valid"}.get(split, split)
+        if split.isdecimal():
+            split = str(int(split))                                 # fold 01 is fold 1
         clip = Clip(row["file"], (), split, (row.get("group") or "").strip(), path if path.is_file() else None)
         other = clips.setdefault(path, clip)
         if (other.split, other.group) != (clip.split, clip.group):
@@ -687,25 +691,28 @@ def settle_splits(clips):
 
 
 def hold_out(clips, every):
-    """Names of groups to test on, a set: of each class one group in `every`, at least one where it has two.
+    """Names of groups to test on, a set: of each class the second group and then one in `every`, in order of a hash of
+    their names, but never the last one that is left to train on.
 
     A clip without a group is one by itself. A group with several labels counts for the rarest that other groups have
-    too. Which ones are held out depends on a hash of their names.
+    too.
     """
     labels = collections.defaultdict(set)                           # of each group
     for clip in clips:
         labels[clip.group or clip.name].update(clip.labels)
-    size = collections.Counter(label for own in labels.values() for label in own)
+    left = collections.Counter(label for own in labels.values() for label in own)       # groups of each label
+    size = left.copy()
     count = collections.Counter()
     held_out = set()
     for group in sorted(labels, key=lambda name: hashlib.sha256(name.encode(errors="surrogateescape")).digest()):
         shared = [label for label in sorted(labels[group]) if size[label] > 1]
         if labels[group] and not shared:
-            continue                                                # the only one of its classes is trained on
+            continue
         rarest = min(shared, key=size.get, default=None)
         count[rarest] += 1
-        if count[rarest] % every == 2:
+        if count[rarest] % every == 2 and all(left[label] > 1 for label in shared):
             held_out.add(group)
+            left.subtract(labels[group])
     return held_out
 
 

@@ -11,8 +11,7 @@ Several GPUs: `torchrun --nproc_per_node=8 finetune.py ...`. Then use the result
     python finetune.py --embed dog.wav rain.mp3 --init runs/finetune --out embeddings.npy
 The run's folder has the model, model.pt, and its score, result.json; with --fold all a folder for each fold.
 
-Shapes: B clips, S samples, T frames, L latents in time, D width, C classes. What heads call frames are the steps of
-80 ms that latents have.
+Shapes: B clips, S samples, T frames, L latents in time, D width, C classes. In a head, a frame is a latent: 80 ms.
 """
 import argparse
 import json
@@ -128,7 +127,7 @@ class Classifier(nn.Module):
 
 def three_stage_lr(update, updates, peak):
     """Learning rate of Sec. 4.3: for 30% of the updates a linear warm-up from a hundredth of the peak, for 30% a hold,
-    and an exponential decay to a twentieth (shares, start and end as wav2vec 2.0 is fine-tuned in fairseq)."""
+    and an exponential decay to a twentieth (start and end as in fairseq, where wav2vec 2.0 is fine-tuned so)."""
     share = update / updates
     if share < 0.3:
         return peak * (0.01 + 0.99 * share / 0.3)
@@ -209,6 +208,8 @@ def main():
         raise InputError(f"--loss ce is for one label a clip; in {args.data} some have more or none: use bce")
     start = f"from {args.init}" if init else f"{args.size or 'tiny'} from scratch"
     say(f"on {device} x {world_size()}; {start}")
+    if args.fold == "all" and not folds_of(data):
+        raise InputError(f"--fold all: {args.data} has no folds; leave it out")
     folds = folds_of(data) if args.fold == "all" else []
     scores = [run(args, data, fold, init, device, Path(args.out) / f"fold{fold}") for fold in folds]
     if scores:
@@ -236,7 +237,8 @@ def run(args, data, fold, init, device, out):
     minutes = (time.perf_counter() - began) / 60
     result = dict(metric=data.metric, score=score, train=training.fingerprint(), test=test.fingerprint(),
                   minutes=round(minutes, 2), args=vars(args))
-    say(f"{out}: {data.metric} {score:.3f} on {len(test)} {'validation ' * args.validate}clips; {minutes:.1f} min")
+    kind = "validation clips" if args.validate else "clips"
+    say(f"{out}: {data.metric} {score:.3f} on {len(test)} {kind}; {minutes:.1f} min")
     say(f"    trained on {result['train']}, {args.updates * args.batch_size / len(training):.0f} epochs")
     say(f"    scored on {result['test']}")
     if rank() == 0:
@@ -251,7 +253,7 @@ def folds_of(data):
 
 
 def split(data, fold, args):
-    """Training and test set; see --fold, --fraction and --validate, with which validation clips take the place of test
+    """Training and test set; see --fold and --fraction. With --validate, validation clips take the place of the test
     clips. Raises InputError for a fold that is not there, and where there are too few clips."""
     folds = folds_of(data)
     if fold not in (None, *folds):
@@ -289,7 +291,8 @@ def build(args, training, init, device):
     else:
         encoder, frontend = Wav2Vec2(args.size or "tiny"), LogMel()
         some = np.linspace(0, len(training) - 1, min(len(training), 512)).astype(int)
-        frontend.fit_normalization(training.batch([i]) for i in some)
+        waveforms = (training.waveform(i)[None, :MINUTE * SAMPLE_RATE] for i in some)
+        frontend.fit_normalization((waveform, torch.tensor([waveform.shape[1]])) for waveform in waveforms)
     model = Classifier(encoder, len(training.classes), args.head, args.head_dropout, args.freeze)
     if args.compile:
         compile_blocks(encoder)
@@ -303,15 +306,15 @@ def train(model, frontend, training, args, out, digest, checkpoint):
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=args.weight_decay,
                                   fused=device.type != "mps")
-    done, skips = 0, 0              # updates; the latest of these that were left out
+    done, skipped_in_a_row = 0, 0           # updates
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         frontend.load_state_dict(checkpoint["frontend"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         done = checkpoint["update"]
     wrapped = model if world == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
-    loader = batches(training, args.batch_size, args.updates, args.seed, done, rank(), world, args.workers,
-                     clips_by_class=training.clips_by_class() if args.balance else None)
+    loader = batches(training, args.batch_size, args.updates, args.seed, first=done, rank=rank(), world=world,
+                     workers=args.workers, clips_by_class=training.clips_by_class() if args.balance else None)
     bar = training_bar(args.updates, done, "fine-tune")
 
     # waveform (B, S) int16 and lengths (B,) in samples, on the CPU; numbers (B,) of the clips in the set.
@@ -327,7 +330,7 @@ def train(model, frontend, training, args, out, digest, checkpoint):
         figures = all_reduce(dict(loss=loss / world))
         figures["norm"] = torch.nn.utils.clip_grad_norm_(parameters, 1.0)                   # pretrain.py's default
         figures = fetch(figures)                                                            # waits for the device, once
-        skips = step_if_finite(optimizer, figures, skips, training.clips[numbers[0]])
+        skipped_in_a_row = step_if_finite(optimizer, figures, skipped_in_a_row, training.clips[numbers[0]])
         done = update + 1
         bar.set_postfix_str(f"loss {figures['loss']:.3f}", refresh=False)
         bar.update()
@@ -340,18 +343,18 @@ def train(model, frontend, training, args, out, digest, checkpoint):
 def backward(model, versions, padding, target, args):
     """Gradients of the loss of a batch, in micro-batches: its versions (B, T, 64), their padding mask (B, T) or None,
     target (B, C). Returns the loss, a scalar."""
-    size = args.micro_batch or len(target)
+    micro_batch = args.micro_batch or len(target)
     loss = torch.zeros((), device=target.device)
-    for i in range(0, len(target), size):
-        part = slice(i, i + size)
+    for i in range(0, len(target), micro_batch):
+        part = slice(i, i + micro_batch)
         log_mel = torch.cat([version[part] for version in versions])                        # (V B, T, 64)
         mask = None if padding is None else padding[part].repeat(len(versions), 1)
-        model.require_backward_grad_sync = i + size == len(target)              # DDP: adds up in the last part only
+        model.require_backward_grad_sync = i + micro_batch == len(target)       # DDP: adds up in the last part only
         with autocast(target.device, args.dtype):
             logits = model(log_mel, mask)                                                   # (V B, C)
-        share = compute_loss(logits, target[part], args) * size / len(target)
-        share.backward()
-        loss += share.detach()
+        loss_of_part = compute_loss(logits, target[part], args) * micro_batch / len(target)
+        loss_of_part.backward()
+        loss += loss_of_part.detach()
     return loss
 
 
@@ -371,8 +374,8 @@ def measure(metric, logits, data):
 
 @torch.no_grad()
 def compute_logits(model, frontend, data, args, batch_seconds=320):
-    """Logits (N, C) for all clips of a labelled set, each whole. (Of several processes each hears all of them, which is
-    a matter of seconds; the first one's score counts.)
+    """Logits (N, C) for all clips of a labelled set, each whole. (Of several processes each hears all of them, and the
+    first one's score counts.)
 
     Clips of similar length go together, so that little is padded, and fewer of the longer ones; those of over a minute
     go in parts, as --predict hears them. Raises InputError for logits that are not finite.
@@ -387,14 +390,14 @@ def compute_logits(model, frontend, data, args, batch_seconds=320):
         count = max(1, min(256, int(batch_seconds / longest))) if longest <= MINUTE else 1
         numbers, order = np.split(order, [count])
         waveform, lengths = data.batch(numbers)
-        with autocast(device, args.dtype), torch.compiler.set_stance("force_eager"):        # so many shapes
+        with torch.compiler.set_stance("force_eager"):                          # so many shapes
             if longest <= MINUTE:
                 log_mel = frontend(waveform.to(device), lengths)
-                result = model(log_mel, padding_mask(lengths, log_mel))
+                with autocast(device, args.dtype):
+                    logits[numbers] = model(log_mel, padding_mask(lengths, log_mel)).cpu()
             else:
-                _, x = encode_in_parts(waveform[0], model.encoder, frontend)
-                result = model.clip_logits(x[None])
-        logits[numbers] = result.float().cpu()
+                _, x = encode_in_parts(waveform[0], model.encoder, frontend, dtype=args.dtype)
+                logits[numbers] = model.clip_logits(x[None]).cpu()
         bar.update(count)
     bar.close()
     model.train()
@@ -443,6 +446,8 @@ def load_run(run, device="cpu"):
     if content["script"] == "pretrain.py":
         model, frontend = load_encoder(content)
         return model.to(device).eval(), frontend.to(device), []
+    if "classes" not in content:
+        raise InputError(f"{path}: its training has not come to its end: continue it by --resume")
     with reading(path, "name the run's folder, or a model in it"):
         classes, frontend = content["classes"], LogMel()
         encoder = Wav2Vec2(**content["settings"])
@@ -456,7 +461,7 @@ def load_run(run, device="cpu"):
 MINUTE = 60         # seconds: longer recordings are heard in parts, as attention's time grows with the square
 
 
-def encode_in_parts(waveform, encoder, frontend, layer=None):
+def encode_in_parts(waveform, encoder, frontend, layer=None, dtype="fp32"):
     """A recording, int16 (S,), in equal parts of up to a minute, each by itself: its log-mels (T, 64) and embeddings
     (L, D) by block `layer` (None: the last)."""
     latent = encoder.settings["stack"] * HOP                                # samples
@@ -465,7 +470,8 @@ def encode_in_parts(waveform, encoder, frontend, layer=None):
     log_mels, embeddings = [], []
     for part in progress(waveform.split(window), "listen", unit=" parts"):
         log_mel = frontend(part[None].to(frontend.mean.device))
-        x, _ = encoder.encode(log_mel, layer=layer)
+        with autocast(log_mel.device, dtype):
+            x, _ = encoder.encode(log_mel, layer=layer)
         log_mels.append(log_mel[0])
         embeddings.append(x[0].float())
     return torch.cat(log_mels), torch.cat(embeddings)
@@ -556,7 +562,7 @@ def get_scene_embeddings(audio, model):
 # Defaults of these options, overridden by the data set's line in RECIPES. The paper names AudioSet's batch of 640 and
 # balancing, MagnaTagATune's batch of 64, the heads, the augmentations and the weight of 2 (Sec. 4); the rest it found
 # by sweeps that it does not print. ESC-10 and synth were tried here, the others not; sets of one's own, often as
-# small, get the same.
+# small, get the same: FEW_LABELS, which departs from the paper in head, augmentations, consistency and loss.
 DEFAULTS = dict(updates=2000, batch_size=32, lr=5e-4, seconds=10.0, head="mean", head_dropout=0.1,
                 balance=False, augment=["jitter", "time_mask", "mixup"], consistency=2.0, loss="bce",
                 checkpoint_every=500)
@@ -588,7 +594,7 @@ def parse(argv=None):
         "runs/pretrain); without it, from scratch")
     add("--out", help="folder of this run (runs/finetune; from scratch runs/scratch)")
 
-    group = parser.add_argument_group("use a model, --init", "The folder of a run, or a .pt file in it.")
+    group = parser.add_argument_group("use a model, --init", "The folder of a run.")
     add, use = group.add_argument, group.add_mutually_exclusive_group().add_argument
     use("--predict", nargs="+", metavar="SOUND", help="print the five most probable classes of each recording and, for "
         "models with the head 'frames', when each is heard")

@@ -113,7 +113,6 @@ class LogMel(nn.Module):
         """Set mean and standard deviation, per band, from an iterable of (waveform, lengths).
 
         waveform (B, S) as in `forward`; lengths (B,) in samples: what lies behind is padding.
-        Raises ValueError where there is no frame at all.
         """
         self.mean.zero_()
         self.std.fill_(1)
@@ -123,8 +122,6 @@ class LogMel(nn.Module):
             padding = padding_mask(lengths, log_mel)
             frames = (log_mel.flatten(0, 1) if padding is None else log_mel[~padding]).cpu().double()
             count, total, squares = count + len(frames), total + frames.sum(0), squares + frames.square().sum(0)
-        if count == 0:
-            raise ValueError("there is nothing to compute mean and standard deviation from")
         mean = total / count
         self.mean.copy_(mean)
         # The floor keeps a band that is constant (all silence) from being blown up.

@@ -53,7 +53,7 @@ def learning_rate(update, peak, warmup, updates):
     `updates`."""
     if update < warmup:
         return peak * (update + 1) / warmup
-    return peak * (updates - update) / max(updates - warmup, 1)
+    return peak * (updates - update) / (updates - warmup)
 
 
 def main():
@@ -66,7 +66,7 @@ def main():
     model, frontend = build(args, checkpoint, source, device)
     say(f"{args.size}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, on {device} x "
         f"{world_size()}; {' '.join(args.data)}, {len(source)} recordings to train on; "
-        + (f"resumed after update {checkpoint['update']}" if checkpoint else "chance is the accuracy of a blind guess"))
+        + (f"resumed after update {checkpoint['update']}" if checkpoint else "from scratch"))
     train(model, frontend, source, held_out, args, digest, checkpoint)
     say(f"{args.out}/checkpoint.pt; now python finetune.py --init {args.out}")
     leave()
@@ -80,7 +80,7 @@ def train(model, frontend, source, held_out, args, digest, checkpoint):
     # Adam with decoupled weight decay, as in fairseq (Sec. 2.3).
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=args.weight_decay,
                                   fused=device.type != "mps")
-    done, skipped, skips = 0, 0, 0                  # updates; of these left out; of these the latest in a row
+    done, skipped, skipped_in_a_row = 0, 0, 0       # updates, and those left out as they were not finite
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         done = checkpoint["update"]
@@ -89,7 +89,8 @@ def train(model, frontend, source, held_out, args, digest, checkpoint):
     samples = round(args.seconds * SAMPLE_RATE)
     local_batch = args.batch_size // world
     own_clips = slice(rank() * local_batch, (rank() + 1) * local_batch)
-    loader = batches(source, args.batch_size, args.updates, args.seed, done, rank(), world, args.workers, samples)
+    loader = batches(source, args.batch_size, args.updates, args.seed, first=done, rank=rank(), world=world,
+                     workers=args.workers, samples=samples)
     log = Log(args, done)
 
     # waveform (B, S) int16 and lengths (B,) in samples, on the CPU; numbers (B,) of the clips in the source.
@@ -107,12 +108,12 @@ def train(model, frontend, source, held_out, args, digest, checkpoint):
         torch._foreach_mul_(gradients, world / sums["counted"].clamp(min=1))
         sums["gradient_norm"] = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         sums = fetch(sums)                                                              # waits for the device, once
-        skips = step_if_finite(optimizer, sums, skips, source.clips[numbers[0]])
-        skipped += skips > 0
+        skipped_in_a_row = step_if_finite(optimizer, sums, skipped_in_a_row, source.clips[numbers[0]])
+        skipped += skipped_in_a_row > 0
 
         done = update + 1
         checkpoint_due = done % args.checkpoint_every == 0 or done == args.updates
-        log.update(done, sums, lr, skips, skipped, checkpoint_due)
+        log.update(done, sums if skipped_in_a_row == 0 else None, lr, skipped, checkpoint_due)
         if checkpoint_due and len(held_out):
             log.write(done, **held_out_figures(model, frontend, held_out, args))
         if checkpoint_due:
@@ -126,15 +127,15 @@ def backward(model, frontend, waveform, lengths, rand, args):
     """Gradients of the loss, summed over the masked steps of a batch, that is, of its micro-batches and of all
     processes. Returns the sums of `PretrainOutput`, added up likewise."""
     device = frontend.mean.device
-    size = args.micro_batch or len(waveform)
+    micro_batch = args.micro_batch or len(waveform)
     sums = collections.Counter()                    # adds up
-    for i in range(0, len(waveform), size):
-        part = slice(i, i + size)
+    for i in range(0, len(waveform), micro_batch):
+        part = slice(i, i + micro_batch)
         log_mel = frontend(waveform[part].to(device, non_blocking=True), lengths[part])         # (B, T, 64)
-        model.require_backward_grad_sync = i + size == len(waveform)        # DDP: adds up in the last part only
+        model.require_backward_grad_sync = i + micro_batch == len(waveform)     # DDP: adds up in the last part only
         with autocast(device, args.dtype):
             result = model(log_mel, padding_mask(lengths[part], log_mel), rand[part])
-        (result.loss * result.sums["counted"]).backward()
+        (result.loss * result.sums["counted"]).backward()           # the sum over masked steps, not their mean
         sums.update(result.sums)
     return all_reduce(sums)
 
@@ -204,16 +205,18 @@ class Log:
         if rank() == 0:
             with open(self.path, "a") as file:
                 file.write(json.dumps(dict(update=update, **figures)) + "\n")
-            for name, value in figures.items() if self.board else ():
+        if self.board:
+            for name, value in figures.items():
                 self.board.add_scalar(name, value, update)
 
-    def update(self, done, sums, lr, skips, skipped, due):
-        """After an update of these sums, and so many done: the bar and, every --log-every updates or where one is due, a
-        line. Of updates that were left out only their number is told."""
+    def update(self, done, sums, lr, skipped, due):
+        """Log one update, the `done`-th: its sums, or None where it was left out. A line is written every --log-every
+        updates, or where one is due."""
         self.bar.update()
-        if skips == 0:
+        if sums:
             self.sums.update(sums, updates=1)
-        if not self.sums or not (due or done % self.args.log_every == 0):
+        due = due or done % self.args.log_every == 0
+        if not (due and self.sums):
             return
         now = time.perf_counter()
         speed = (done - self.last_update) * self.args.batch_size / (now - self.last_time)            # clips a second
@@ -257,7 +260,7 @@ def parse(argv=None):
             ("mask-length", "latents in a masked span (3); shorter ones are easier to predict"),
             ("distractors", "K (100)"), ("temperature", "divides similarities (0.1); larger blurs the choice"),
             ("norm", f"in the convolution: {' or '.join(NORMS)} (group)")):
-        add(f"--{name}", type=type(SETTINGS[name.replace("-", "_")]), help=text)
+        add(f"--{name}", type=type(SETTINGS[name.replace("-", "_")]), help=text)       # the type of its default
 
     add = parser.add_argument_group("optimisation (Sec. 2.3)").add_argument
     add("--updates", type=count, help="of the whole run (tiny: 1000, else 300000)")
@@ -318,12 +321,13 @@ def resume(args, out, script, data):
         if any(fact != facts[0] for fact in facts):
             raise InputError(f"{out}: not all processes find the same checkpoint there, or the same data: machines "
                              "must share --out, and have the same recordings")
-    for name, before in checkpoint["args"].items() if checkpoint else ():
-        if name not in MAY_CHANGE and getattr(args, name) != before:
-            raise InputError(f"{out} was started with --{name.replace('_', '-')} {before}: give it again, or name "
-                             "another --out")
-    if checkpoint and checkpoint["data"] != data:
-        raise InputError(f"{out} was started with other recordings, labels or splits, or in another order")
+    if checkpoint:
+        for name, before in checkpoint["args"].items():
+            if name not in MAY_CHANGE and getattr(args, name) != before:
+                raise InputError(f"{out} was started with --{name.replace('_', '-')} {before}: give it again, or name "
+                                 "another --out")
+        if checkpoint["data"] != data:
+            raise InputError(f"{out} was started with other recordings, labels or splits, or in another order")
     out.mkdir(parents=True, exist_ok=True)          # now that all have looked
     if rank() == 0:
         claim(out)
@@ -388,7 +392,7 @@ def save_checkpoint(path, model, frontend, **content):
 
 
 def load_checkpoint(run, script=None):
-    """The checkpoint in a run's folder (or the file itself), on the CPU; `script` wrote it, if given.
+    """The checkpoint in a run's folder (or the file itself), on the CPU. It must be from `script`, if given.
 
     Runs no code that may be hidden in it. Raises InputError where it is missing or something else.
     """
@@ -415,17 +419,17 @@ def load_encoder(checkpoint):
     return model, frontend
 
 
-def step_if_finite(optimizer, figures, skips, clip):
-    """A step of the optimiser, left out where a figure of the update is not finite. Returns how many updates in a row
-    were left out, `skips` before this one. Raises InputError after ten, naming a clip of the batch."""
+def step_if_finite(optimizer, figures, skipped_in_a_row, clip):
+    """A step of the optimiser, skipped where a figure of the update is not finite. Returns how many updates in a row
+    were skipped, so many before this one. Raises InputError after ten, naming a clip of the batch."""
     finite = all(map(math.isfinite, figures.values()))
     if finite:
         optimizer.step()
     optimizer.zero_grad()
-    if not finite and skips == 9:
+    if not finite and skipped_in_a_row == 9:
         raise InputError(f"loss or gradient not finite in ten updates in a row, now with {clip.name}, ...: lower --lr, "
                          "or look at the recordings")
-    return 0 if finite else skips + 1
+    return 0 if finite else skipped_in_a_row + 1
 
 
 def all_reduce(sums):
