@@ -2734,7 +2734,7 @@ def test_the_readme_has_the_numbers_of_synthetic_clips():
 
 def test_the_readme_points_at_code_for_all_of_the_paper():
     """Its table names what exists, and leaves no section, equation, table or figure out."""
-    rows = re.findall(r"^\| ((?:Sec|Fig)\..*?) \| (.*?) \|$", (HERE / "README.md").read_text(), re.M)
+    rows = re.findall(r"^- ((?:Sec|Fig)\..*?): (`.*)$", (HERE / "README.md").read_text(), re.M)
     for _, places in rows:
         for module, path in re.findall(r"`(\w+)\.([\w.]+)`", places):
             found = sys.modules[module]
