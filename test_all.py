@@ -743,6 +743,7 @@ def test_defaults_are_the_papers():
     for size in ("small", "large"):
         args = pretrain.parse(["--size", size, "--out", "nowhere"])
         assert (args.updates, args.warmup, args.lr, args.weight_decay) == (300_000, 10_000, 3e-4, 0.01)
+        assert (args.batch_size, args.seconds, args.checkpoint_every) == (256, 10, 5000)        # the README's
     args = parse_finetune("--data", "audioset")
     assert (args.batch_size, args.head, args.balance) == (640, "frames", True)
     assert set(args.augment) == {"jitter", "time_mask", "mixup"} and args.consistency == 2 and args.loss == "bce"
