@@ -656,7 +656,8 @@ def own_table(root):
         say(f"{root}: not used: {', '.join(sorted(unused))}")
     clips = {}
     for row in rows:
-        path = Path(os.path.normpath(Path(root).parent / row["file"]))
+        name = row["file"].strip()
+        path = Path(os.path.normpath(Path(root).parent / name))
         if row["labels"].strip().startswith("["):
             raise InputError(f"{root}: {row['labels']} looks like a list that was printed: separate labels by ;, as in "
                              "dog;rain")
@@ -665,10 +666,10 @@ def own_table(root):
         split = {"val": "valid", "validation": "valid"}.get(split, split)
         if split.isdecimal():
             split = str(int(split))                                 # fold 01 is fold 1
-        clip = Clip(row["file"], (), split, (row.get("group") or "").strip(), path if path.is_file() else None)
+        clip = Clip(name, (), split, (row.get("group") or "").strip(), path if path.is_file() else None)
         other = clips.setdefault(path, clip)
         if (other.split, other.group) != (clip.split, clip.group):
-            raise InputError(f"{root}: {row['file']} is there twice, in different splits or groups")
+            raise InputError(f"{root}: {name} is there twice, in different splits or groups")
         clips[path] = other._replace(labels=tuple(dict.fromkeys([*other.labels, *labels])))
     return list(clips.values()), None
 
@@ -747,7 +748,7 @@ def read_tables(data, root):
     splits = {clip.split for clip in named}
     if not (splits <= {""} or splits <= {"train", "valid", "test"} or all(split.isdecimal() for split in splits)):
         raise InputError(f"{root}: split must be train, valid or test, or the number of a fold, of all clips, "
-                         f"not {', '.join(sorted(splits))}")
+                         f"not {', '.join(split or '(none)' for split in sorted(splits))}")
     clips = [clip for clip in named if clip.path]
     if not clips:
         example = f", such as {named[0].name}" if named else ""
@@ -792,7 +793,7 @@ def load_labelled(data, root=None, workers=None):
         if data in OWN:
             clips = settle_splits(clips)
     with reading(root, "pack it again"):
-        result = ClipSet(clips, header["classes"], header["metric"])
+        result = ClipSet(clips, header["classes"], READERS[data][1] or header["metric"])
     hours = sum(clip.samples for clip in clips) / SAMPLE_RATE / 3600
     say(f"{data}: {len(result)} clips, {hours:.2f} hours; {header['missing']} missing, {len(skipped)} skipped; "
         f"scored by {result.metric}")
@@ -1137,7 +1138,8 @@ def run_script(main):
             raise
         message = "--compile found no C++ compiler, or no Triton for the GPU: install it, or leave --compile out"
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
+        tqdm.write("interrupted", sys.stderr)
+        sys.stderr.flush()
         os._exit(130)           # without waiting for threads
     tqdm.write(f"{Path(sys.argv[0]).name}: {message}", sys.stderr)         # below a bar, not into it
     sys.exit(2)
@@ -1153,7 +1155,7 @@ def reading(path, remedy="get it again"):
     except FileNotFoundError as error:
         raise InputError(f"{error.filename or path}: no such file") from None
     except Exception as error:      # there is no telling what damaged content leads to
-        reason = f"{type(error).__name__}: {error}".split("\n")[0]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise InputError(f"{path}: damaged, or not what it should be ({reason}); {remedy}") from None
 
 

@@ -202,9 +202,10 @@ def main():
     if data.metric == "accuracy" and len(data.classes) < 2:
         raise InputError(f"{args.data} has one class only, nothing to tell it from; is --root the folder above the "
                          "classes?")
-    if args.loss is None:       # the recipe leaves it to the labels; accuracy is the metric where each clip has one
-        args.loss = "ce" if data.metric == "accuracy" and args.head != "frames" else "bce"
-    if args.loss == "ce" and any(len(own) != 1 for own in data.labels):
+    single_label = all(len(own) == 1 for own in data.labels)
+    if args.loss is None:       # the recipe leaves it to the labels
+        args.loss = "ce" if single_label and args.head != "frames" else "bce"
+    if args.loss == "ce" and not single_label:
         raise InputError(f"--loss ce is for one label a clip; in {args.data} some have more or none: use bce")
     start = f"from {args.init}" if init else f"{args.size or 'tiny'} from scratch"
     say(f"on {device} x {world_size()}; {start}")
@@ -227,7 +228,9 @@ def run(args, data, fold, init, device, out):
     digest = data.digest()
     checkpoint = resume(args, out, "finetune.py", digest)
     if (out / "result.json").exists():
-        return json.loads((out / "result.json").read_text())["score"]
+        score = json.loads((out / "result.json").read_text())["score"]
+        say(f"{out}: {data.metric} {score:.3f}, as it was")
+        return score
     began = time.perf_counter()
     model, frontend = build(args, training, init, device)
     train(model, frontend, training, args, out, digest, checkpoint)
@@ -426,10 +429,11 @@ def run_inference(args):
                 print_prediction(sound, probabilities, events, args.json)
         except InputError as error:
             errors.append(str(error))
-    if embeddings:
+            embeddings.append(np.full(2 * getattr(model, "encoder", model).settings["dim"], np.nan))
+    if args.embed:
         with open(args.out, "wb") as file:
             np.save(file, np.stack(embeddings))
-        print(f"{args.out}: a row for each of {len(embeddings)} sounds")
+        print(f"{args.out}: a row for each of {len(embeddings)} sounds, NaN where it can't be read")
     if errors:
         raise InputError("; ".join(errors))
 

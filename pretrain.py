@@ -310,10 +310,8 @@ def add_running_options(parser):
 
 def resume(args, out, script, data):
     """The checkpoint in a run's folder, from which --resume continues, or None where there is none yet; makes the
-    folder. `data` is the digest of the clips. Raises InputError for a run that --resume was not given for, for options
-    that the run was not started with, for other data, and where processes disagree on all that."""
-    if out.exists() and not args.resume:
-        raise InputError(f"{out} is there already: continue with --resume, or name another --out")
+    folder. `data` is the digest of the clips. Raises InputError for options that the run was not started with, for
+    other data, and where processes disagree on all that."""
     checkpoint = load_checkpoint(out, script) if (out / "checkpoint.pt").exists() else None
     if world_size() > 1:
         facts = [None] * world_size()
@@ -323,9 +321,10 @@ def resume(args, out, script, data):
                              "must share --out, and have the same recordings")
     if checkpoint:
         for name, before in checkpoint["args"].items():
-            if name not in MAY_CHANGE and getattr(args, name) != before:
-                raise InputError(f"{out} was started with --{name.replace('_', '-')} {before}: give it again, or name "
-                                 "another --out")
+            if name not in MAY_CHANGE and getattr(args, name, before) != before:
+                option = f"--{name.replace('_', '-')}"
+                raise InputError(f"{out} was started {'without' if before is None else 'with'} {option} "
+                                 f"{'' if before is None else before}: do so again, or name another --out")
         if checkpoint["data"] != data:
             raise InputError(f"{out} was started with other recordings, labels or splits, or in another order")
     out.mkdir(parents=True, exist_ok=True)          # now that all have looked
@@ -349,8 +348,10 @@ def claim(folder):
 
 
 def init_distributed(args):
-    """Join the processes that torchrun started, if it did, and return this one's device. Raises InputError for a device
-    that is not there, and a batch that can't be divided."""
+    """Join the processes that torchrun started, if it did, and return this one's device. Raises InputError where --out
+    is there already and --resume not given, for a device that is not there, and a batch that can't be divided."""
+    if Path(args.out).exists() and not args.resume:         # before the first process may make it
+        raise InputError(f"{args.out} is there already: continue with --resume, or name another --out")
     device, world = find_device(args.device), world_size()
     local_batch = args.batch_size // world
     if args.batch_size % world or local_batch % (args.micro_batch or local_batch):
@@ -402,6 +403,7 @@ def load_checkpoint(run, script=None):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         written_by = checkpoint["script"]
         log_mels = checkpoint.get("log_mels")
+    checkpoint["path"] = str(path)
     if log_mels != LOG_MELS:
         raise InputError(f"{path}: was made with log-mels of {log_mels or 'an earlier version'}, but frontend.py's are "
                          f"{LOG_MELS}: train anew")
@@ -412,7 +414,7 @@ def load_checkpoint(run, script=None):
 
 def load_encoder(checkpoint):
     """The model of a checkpoint of pretrain.py, and its frontend. Raises InputError for one of another version."""
-    with reading("the checkpoint", "use another"):
+    with reading(checkpoint["path"], "use another, or the version of this code that wrote it"):
         model, frontend = Wav2Vec2(**checkpoint["settings"]), LogMel()      # the settings are complete: no size counts
         model.load_state_dict(checkpoint["model"])
         frontend.load_state_dict(checkpoint["frontend"])
