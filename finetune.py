@@ -209,15 +209,13 @@ def main():
         raise InputError(f"--loss ce is for one label a clip; in {args.data} some have more or none: use bce")
     start = f"from {args.init}" if init else f"{args.size or 'tiny'} from scratch"
     say(f"on {device} x {world_size()}; {start}")
-    if args.fold == "all" and not folds_of(data):
-        raise InputError(f"--fold all: {args.data} has no folds; leave it out")
-    folds = folds_of(data) if args.fold == "all" else []
-    scores = [run(args, data, fold, init, device, Path(args.out) / f"fold{fold}") for fold in folds]
-    if scores:
-        say(f"mean {data.metric} over {len(scores)} folds {np.mean(scores):.3f} (standard deviation "
-            f"{np.std(scores):.3f})")
-    else:
+    if args.fold != "all":
         run(args, data, args.fold, init, device, Path(args.out))
+    elif folds := folds_of(data):
+        scores = [run(args, data, fold, init, device, Path(args.out) / f"fold{fold}") for fold in folds]
+        say(f"mean {data.metric} over {len(folds)} folds {np.mean(scores):.3f} (standard deviation {np.std(scores):.3f})")
+    else:
+        raise InputError(f"--fold all: {args.data} has no folds; leave it out")
     leave()
 
 
