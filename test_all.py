@@ -2513,8 +2513,9 @@ def test_balance_draws_by_class(tmp_path, esc50, undropped, monkeypatch, call):
     assert [len(clips) for clips in balanced] == [8, 8, 8] and plain is None
 
 
-def test_logits_are_those_of_each_clip_alone_and_whole():
-    """In groups of similar length, padded; in training only crops would be heard."""
+def test_logits_are_those_of_each_clip_alone_and_whole(monkeypatch):
+    """In groups of similar length, padded to so many seconds at most; in training only crops would be heard."""
+    calls = spy(monkeypatch, datasets.ClipSet, "batch")
     rng = np.random.default_rng(0)
     waveforms = [rng.integers(-9000, 9000, n).astype(np.int16) for n in (9_000, 16_000, 4_000, 16_000, 700)]
     clips = [datasets.Clip("", ("a",), samples=len(x), audio=x) for x in waveforms]
@@ -2522,6 +2523,7 @@ def test_logits_are_those_of_each_clip_alone_and_whole():
     model, front = finetune.Classifier(Wav2Vec2("tiny", **SMALL), 3), LogMel()
     logits = finetune.compute_logits(model, front, data, parse_finetune(), batch_seconds=2)
     model.eval()
+    assert [tuple(waveform.shape) for _, (waveform, _) in calls] == [(2, 16_000), (3, 9_000)]
     for waveform, found in zip(waveforms, logits, strict=True):
         with torch.no_grad():
             alone = model(front(torch.from_numpy(waveform)[None]))[0]
