@@ -696,24 +696,33 @@ def hold_out(clips, every):
     their names, but never the last one that is left to train on.
 
     A clip without a group is one by itself. A group with several labels counts for the rarest that other groups have
-    too.
+    too. One with a label that no other group has is trained on, unless all groups are like that.
     """
     labels = collections.defaultdict(set)                           # of each group
     for clip in clips:
         labels[clip.group or clip.name].update(clip.labels)
-    left = collections.Counter(label for own in labels.values() for label in own)       # groups of each label
-    size = left.copy()
-    count = collections.Counter()
-    held_out = set()
-    for group in sorted(labels, key=lambda name: hashlib.sha256(name.encode(errors="surrogateescape")).digest()):
-        shared = [label for label in sorted(labels[group]) if size[label] > 1]
-        if labels[group] and not shared:
-            continue
-        rarest = min(shared, key=size.get, default=None)
-        count[rarest] += 1
-        if count[rarest] % every == 2 and all(left[label] > 1 for label in shared):
-            held_out.add(group)
-            left.subtract(labels[group])
+    size = collections.Counter(label for own in labels.values() for label in own)       # groups of each label
+
+    def order(group):
+        alone = any(size[label] == 1 for label in labels[group])
+        return not alone, hashlib.sha256(group.encode(errors="surrogateescape")).digest()
+
+    for careful in (True, False):
+        left, count, held = size.copy(), collections.Counter(), collections.Counter()
+        held_out = set()
+        for group in sorted(labels, key=order):
+            shared = [label for label in sorted(labels[group]) if size[label] > 1]
+            if labels[group] and not shared:
+                continue
+            rarest = min(shared, key=size.get, default=None)
+            count[rarest] += 1
+            due = (count[rarest] + every - 2) // every
+            if held[rarest] < due and all(left[label] > 1 for label in (labels[group] if careful else shared)):
+                held_out.add(group)
+                held[rarest] += 1
+                left.subtract(labels[group])
+        if held_out:
+            break
     return held_out
 
 

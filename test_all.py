@@ -1698,6 +1698,14 @@ def test_every_label_that_two_recordings_have_is_tested(tmp_path):
     assert 12 <= (data.splits == "test").sum() <= 20
 
 
+def test_a_class_of_one_group_is_trained_on(tmp_path):
+    """Whichever of the two groups comes first: wind is in one of them only."""
+    for first, second in ("xy", "yx"):
+        rows = [f"{i}.wav,{'wind' if i == 1 else 'steps'},{first if i < 3 else second}" for i in range(6)]
+        data = load_quietly("csv", write_table(tmp_path / first, *rows, columns="file,labels,group"))
+        assert {clip.group for clip in data.clips if clip.split == "test"} == {second}
+
+
 def test_one_recording_in_two_formats_is_not_on_both_sides(tmp_path):
     """Their samples may differ by a step, so that they are not the same sound."""
     for i in range(20):
