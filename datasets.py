@@ -55,6 +55,11 @@ class Clip(NamedTuple):
     audio: object = None                # its samples, int16 (S,), a function that makes them, or a pack's file
     first: int = 0                      # the sample of that file with which it begins
 
+    @property
+    def unit(self):
+        """What is never split: its group; a clip without one is a group by itself."""
+        return self.group or self.name
+
     def read(self, start, row):
         """Fill `row`, int16, with its samples from `start` on. Raises InputError where they can't be read."""
         if isinstance(self.audio, str):
@@ -76,7 +81,7 @@ class ClipSet:
     def __init__(self, clips, classes=(), metric=None, seconds=10.0):
         self.clips, self.classes, self.metric, self.seconds = clips, classes, metric, seconds
         self.samples = np.array([clip.samples for clip in clips])
-        self.groups = [clip.group or clip.name for clip in clips]
+        self.groups = [clip.unit for clip in clips]
         self.splits = np.array([clip.split for clip in clips], str)
         number = {name: c for c, name in enumerate(classes)}
         self.labels = [[number[name] for name in clip.labels] for clip in clips] if classes else []
@@ -470,7 +475,7 @@ def open_unlabelled(data, seconds):
     if len(usable) < len(packed):
         say(f"{len(packed) - len(usable)} of {len(packed)} recordings are left out: shorter than a second, or test "
             "clips")
-    hashes = [zlib.crc32((clip.group or clip.name).encode(errors="backslashreplace")) for clip in usable]
+    hashes = [zlib.crc32(clip.unit.encode(errors="backslashreplace")) for clip in usable]
     groups = sorted(set(hashes))
     limit = groups[min(max(len(groups) // 100, 16), len(groups) // 5)]
     trained, held_out = [], []
@@ -680,7 +685,7 @@ def settle_splits(clips):
     if any(clip.split for clip in clips):
         first = {}
         for clip in clips:
-            other = first.setdefault(clip.group or clip.name, clip)
+            other = first.setdefault(clip.unit, clip)
             if other.split != clip.split:
                 raise InputError(f"{other.name} ({other.split}) and {clip.name} ({clip.split}) are of the same group, "
                                  "but in different splits")
@@ -688,7 +693,7 @@ def settle_splits(clips):
     tested = hold_out(clips, 5)
     if not tested:
         raise InputError("no class has two recordings (or groups of them), one to train on and one to test on")
-    return [clip._replace(split="test" if (clip.group or clip.name) in tested else "train") for clip in clips]
+    return [clip._replace(split="test" if clip.unit in tested else "train") for clip in clips]
 
 
 def hold_out(clips, every):
@@ -700,7 +705,7 @@ def hold_out(clips, every):
     """
     labels = collections.defaultdict(set)                           # of each group
     for clip in clips:
-        labels[clip.group or clip.name].update(clip.labels)
+        labels[clip.unit].update(clip.labels)
     size = collections.Counter(label for own in labels.values() for label in own)       # groups of each label
 
     def order(group):

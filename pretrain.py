@@ -323,8 +323,8 @@ def resume(args, out, script, data):
         for name, before in checkpoint["args"].items():
             if name not in MAY_CHANGE and getattr(args, name, before) != before:
                 option = f"--{name.replace('_', '-')}"
-                raise InputError(f"{out} was started {'without' if before is None else 'with'} {option} "
-                                 f"{'' if before is None else before}: do so again, or name another --out")
+                given = f"without {option}" if before is None else f"with {option} {before}"
+                raise InputError(f"{out} was started {given}: do so again, or name another --out")
         if checkpoint["data"] != data:
             raise InputError(f"{out} was started with other recordings, labels or splits, or in another order")
     out.mkdir(parents=True, exist_ok=True)          # now that all have looked
