@@ -302,13 +302,11 @@ class Endless(io.FileIO):
     header from its size and its first frame, and reads no further."""
 
     def seek(self, offset, whence=os.SEEK_SET):
-        """As of any file."""
         if whence == os.SEEK_END:
             return super().seek(100 * os.path.getsize(self.name) + offset)
         return super().seek(offset, whence)
 
     def readinto(self, buffer):
-        """As of any file."""
         count = super().readinto(buffer)
         if count == 0 and self.tell() > os.path.getsize(self.name):         # looking for a tag
             buffer[:] = bytes(len(buffer))
@@ -327,11 +325,9 @@ def try_to_read(path):
 def read_clips(clips, skipped, workers=None):
     """Decode clips on all cores, with a progress bar: yields (clip, waveform) of those that can be read, in order.
     `skipped`, a list, gets a line for each of the others. Raises InputError where a file is in two splits."""
-    paths = [clip.path for clip in clips]
-    megabytes = sum(os.path.getsize(path) for path in paths if os.path.exists(path)) // 2**20
-    workers = cores() if workers is None else workers
-    workers = min(workers, len(paths), megabytes // 4)          # for a few megabytes none is worth its start
-    results = progress(in_threads(try_to_read, paths, workers), "decode", total=len(paths), unit=" files")
+    workers = torch.get_num_threads() if workers is None else workers
+    results = in_threads(try_to_read, [clip.path for clip in clips], workers)
+    results = progress(results, "decode", total=len(clips), unit=" files")
     splits = {}
     for clip, (waveform, note) in zip(clips, results, strict=True):
         if splits.setdefault(clip.path, clip.split) != clip.split:
@@ -382,13 +378,9 @@ def walk(folder):
 def audio_files(folder):
     """All recordings below a folder, sorted. Says how many files have other endings. Raises InputError where there are
     no recordings."""
-    recordings, others = [], collections.Counter()
-    for path in walk(folder):
-        ending = path.suffix.lower()
-        if ending in AUDIO:
-            recordings.append(path)
-        else:
-            others[ending or "no ending"] += 1
+    files = walk(folder)
+    recordings = [path for path in files if path.suffix.lower() in AUDIO]
+    others = collections.Counter(path.suffix or "no ending" for path in files if path.suffix.lower() not in AUDIO)
     kinds = ", ".join(f"{ending} {count}" for ending, count in others.most_common(5))
     if not recordings:
         raise InputError(f"{folder}: no recordings in it; other files: {kinds or 'none'}")
@@ -653,9 +645,9 @@ def folder(root):
 
 def own_table(root):
     """Your own sounds in a table: columns file (its path from the table's folder), labels (separated by ;) and,
-    if you like, split or fold (train, valid, test, or the number of a fold) and group (see `Clip`). Rows for the same
+    if you like, split (train, valid, test, or the number of a fold) and group (see `Clip`). Rows for the same
     file add up their labels."""
-    optional = ("split", "fold", "group")
+    optional = ("split", "group")
     rows = read_table(root, ("file", "labels"), optional=optional)
     if unused := rows and rows[0].keys() - {"file", "labels", *optional}:
         say(f"{root}: not used: {', '.join(sorted(unused))}")
@@ -667,11 +659,11 @@ def own_table(root):
             raise InputError(f"{root}: {row['labels']} looks like a list that was printed: separate labels by ;, as in "
                              "dog;rain")
         labels = [name.strip() for name in row["labels"].split(";") if name.strip()]
-        split = (row.get("split") or row.get("fold") or "").strip().lower()
+        split = row.get("split", "").strip().lower()
         split = {"val": "valid", "validation": "valid"}.get(split, split)
         if split.isdecimal():
             split = str(int(split))                                 # fold 01 is fold 1
-        clip = Clip(name, (), split, (row.get("group") or "").strip(), path if path.is_file() else None)
+        clip = Clip(name, (), split, row.get("group", "").strip(), path if path.is_file() else None)
         other = clips.setdefault(path, clip)
         if (other.split, other.group) != (clip.split, clip.group):
             raise InputError(f"{root}: {name} is there twice, in different splits or groups")
@@ -697,11 +689,11 @@ def settle_splits(clips):
 
 
 def hold_out(clips, every):
-    """Names of groups to test on, a set: of each class the second group and then one in `every`, in order of a hash of
-    their names, but never the last one that is left to train on.
+    """Names of groups to test on, a set: of each class one in `every`, rounded up, in order of a hash of their names, but
+    never the last one that is left to train on.
 
     A clip without a group is one by itself. A group with several labels counts for the rarest that other groups have
-    too. One with a label that no other group has is trained on, unless all groups are like that.
+    too. Those with a label that no other group has come last, so that it is trained on.
     """
     labels = collections.defaultdict(set)                           # of each group
     for clip in clips:
@@ -710,24 +702,20 @@ def hold_out(clips, every):
 
     def order(group):
         alone = any(size[label] == 1 for label in labels[group])
-        return not alone, hashlib.sha256(group.encode(errors="surrogateescape")).digest()
+        return alone, hashlib.sha256(group.encode(errors="surrogateescape")).digest()
 
-    for careful in (True, False):
-        left, count, held = size.copy(), collections.Counter(), collections.Counter()
-        held_out = set()
-        for group in sorted(labels, key=order):
-            shared = [label for label in sorted(labels[group]) if size[label] > 1]
-            if labels[group] and not shared:
-                continue
-            rarest = min(shared, key=size.get, default=None)
-            count[rarest] += 1
-            due = (count[rarest] + every - 2) // every
-            if held[rarest] < due and all(left[label] > 1 for label in (labels[group] if careful else shared)):
-                held_out.add(group)
-                held[rarest] += 1
-                left.subtract(labels[group])
-        if held_out:
-            break
+    left, count, held = size.copy(), collections.Counter(), collections.Counter()
+    held_out = set()
+    for group in sorted(labels, key=order):
+        shared = [label for label in sorted(labels[group]) if size[label] > 1]
+        if labels[group] and not shared:
+            continue
+        rarest = min(shared, key=size.get, default=None)
+        count[rarest] += 1
+        if held[rarest] < math.ceil(count[rarest] / every) and all(left[label] > 1 for label in shared):
+            held_out.add(group)
+            held[rarest] += 1
+            left.subtract(labels[group])
     return held_out
 
 
@@ -752,9 +740,9 @@ IN_MEMORY = 24      # hours of labelled clips that are decoded into memory, 115 
 
 
 def read_tables(data, root):
-    """A labelled set before its audio: (the clips that are there; a dictionary of data, classes, metric, and how many
-    clips are missing). Raises InputError where no clip is there."""
-    reader, metric = READERS[data]
+    """A labelled set before its audio: (the clips that are there; a dictionary of data, classes, and how many clips
+    are missing). Raises InputError where no clip is there."""
+    reader, _ = READERS[data]
     if root is None:
         raise InputError(f"--data {data} needs --root, the {'table' if data == 'csv' else 'folder where it lies'}")
     with reading(root, "is it the data set's root, and are its tables whole?"):
@@ -772,9 +760,7 @@ def read_tables(data, root):
     if not classes:
         raise InputError(f"{root}: its clips have no labels")
     say_some("missing", [clip.name for clip in named if not clip.path], ", ")
-    if metric is None:
-        metric = "accuracy" if all(len(clip.labels) == 1 for clip in clips) else "mAP"
-    return clips, dict(data=data, classes=classes, metric=metric, missing=len(named) - len(clips))
+    return clips, dict(data=data, classes=classes, missing=len(named) - len(clips))
 
 
 def load_labelled(data, root=None, workers=None):
@@ -785,7 +771,7 @@ def load_labelled(data, root=None, workers=None):
     skipped = []
     if data == "synth":
         clips = synth_labelled()
-        header = dict(classes=list(SOUND_CLASSES), metric="mAP", missing=0)
+        header = dict(classes=list(SOUND_CLASSES), missing=0)
     elif root is not None and (Path(root) / "audio.int16").exists():
         clips, header = open_pack(root)
         skipped = header["skipped"]
@@ -806,8 +792,8 @@ def load_labelled(data, root=None, workers=None):
             raise InputError(f"{root}: none of the {len(named)} recordings can be read: {skipped[0]}, ...")
         if data in OWN:
             clips = settle_splits(clips)
-    with reading(root, "pack it again"):
-        result = ClipSet(clips, header["classes"], READERS[data][1] or header["metric"])
+    one_label = all(len(clip.labels) == 1 for clip in clips)
+    result = ClipSet(clips, header["classes"], READERS[data][1] or ("accuracy" if one_label else "mAP"))
     hours = sum(clip.samples for clip in clips) / SAMPLE_RATE / 3600
     say(f"{data}: {len(result)} clips, {hours:.2f} hours; {header['missing']} missing, {len(skipped)} skipped; "
         f"scored by {result.metric}")
@@ -815,8 +801,6 @@ def load_labelled(data, root=None, workers=None):
     say_some(f"{len(result.classes)} classes", [f"{name} {len(own)}" for name, own in counts], ", ")
     say_some("skipped", skipped)
     say_some("not as long as they say", [f"{clip.name}: {clip.note}" for clip in clips if clip.note])
-    if header["missing"] + len(skipped) > len(clips):
-        say(f"warning: more than half of {data} is missing or unreadable; is all of it below {root}?")
     return result
 
 
@@ -1076,12 +1060,6 @@ def world_size():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def cores():
-    """How many of the machine's cores this process may use, shared with the others that torchrun started."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
 def find_device(name=None):
     """The device of this name, or the best there is; of several GPUs, the one of this process. Raises InputError where
     there is none, or not for so many processes."""
@@ -1175,7 +1153,7 @@ def reading(path, remedy="get it again"):
 
 def write_whole(path, content):
     """Write bytes so that, even if the power fails, `path` is either the old file or the new one."""
-    part = f"{path}.part"
+    part = f"{path}.{os.getpid()}.part"             # another process, thought to be dead, may write too
     with open(part, "wb") as file:
         file.write(content)
         file.flush()

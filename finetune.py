@@ -17,7 +17,6 @@ import argparse
 import json
 import math
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -83,8 +82,6 @@ class Classifier(nn.Module):
 
     def __init__(self, encoder, classes, head="mean", dropout=0.1, freeze=False):
         super().__init__()
-        if head not in (*POOLINGS, "frames"):
-            raise ValueError(f"no head '{head}'")
         self.encoder, self.head, self.freeze = encoder, head, freeze
         self.single_label = False       # `load_run` sets it for what --loss ce trained: softmax, not sigmoids
         encoder.requires_grad_(not freeze)
@@ -229,17 +226,15 @@ def run(args, data, fold, init, device, out):
         score = json.loads((out / "result.json").read_text())["score"]
         say(f"{out}: {data.metric} {score:.3f}, as it was")
         return score
-    began = time.perf_counter()
     model, frontend = build(args, training, init, device)
     train(model, frontend, training, args, out, digest, checkpoint)
     save_checkpoint(out / "model.pt", model, frontend, settings=model.encoder.settings, classes=data.classes,
                     head=args.head, script="finetune.py", args=vars(args))
     score = measure(data.metric, compute_logits(model, frontend, test, args), test)
-    minutes = (time.perf_counter() - began) / 60
     result = dict(metric=data.metric, score=score, train=training.fingerprint(), test=test.fingerprint(),
-                  minutes=round(minutes, 2), args=vars(args))
+                  args=vars(args))
     kind = "validation clips" if args.validate else "clips"
-    say(f"{out}: {data.metric} {score:.3f} on {len(test)} {kind}; {minutes:.1f} min")
+    say(f"{out}: {data.metric} {score:.3f} on {len(test)} {kind}")
     say(f"    trained on {result['train']}, {args.updates * args.batch_size / len(training):.0f} epochs")
     say(f"    scored on {result['test']}")
     if rank() == 0:
@@ -329,7 +324,7 @@ def train(model, frontend, training, args, out, digest, checkpoint):
 
         loss = backward(wrapped, versions, padding, target, args)
         figures = all_reduce(dict(loss=loss / world))
-        figures["norm"] = torch.nn.utils.clip_grad_norm_(parameters, 1.0)                   # pretrain.py's default
+        figures["norm"] = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         figures = fetch(figures)                                                            # waits for the device, once
         skipped_in_a_row = step_if_finite(optimizer, figures, skipped_in_a_row, training.clips[numbers[0]])
         done = update + 1
@@ -423,8 +418,10 @@ def run_inference(args):
             if args.embed:
                 embeddings.append(embed(sound, model, frontend))
             else:
-                probabilities, events = predict(sound, model, frontend, classes, args.threshold)
-                print_prediction(sound, probabilities, events, args.json)
+                probabilities, events = predict(sound, model, frontend, classes)
+                print(sound, *(f"{value:8.3f}  {name}" for name, value in list(probabilities.items())[:5]), sep="\n")
+                for onset, offset, name in events or ():
+                    print(f"{onset:8.2f} to {offset:7.2f} s  {name}")
         except InputError as error:
             errors.append(str(error))
             embeddings.append(np.full(2 * getattr(model, "encoder", model).settings["dim"], np.nan))
@@ -489,14 +486,11 @@ def encode_recording(path, model, frontend, layer=None):
     return encode_in_parts(torch.from_numpy(waveform), getattr(model, "encoder", model), frontend, layer)
 
 
-def middle_block(encoder):
-    """The number of the block that --embed and HEAR read: later ones are busy with the pre-training task."""
-    return (encoder.settings["blocks"] + 1) // 2
-
-
 def embed(path, model, frontend):
-    """The embedding of a recording by the middle conformer block: its mean and standard deviation over time (2 D,)."""
-    _, x = encode_recording(path, model, frontend, middle_block(getattr(model, "encoder", model)))
+    """The embedding of a recording by the middle conformer block, as later ones are busy with the pre-training task: its
+    mean and standard deviation over time (2 D,)."""
+    middle = (getattr(model, "encoder", model).settings["blocks"] + 1) // 2
+    _, x = encode_recording(path, model, frontend, middle)
     return stats_over_time(x[None])[0].cpu().numpy()
 
 
@@ -518,44 +512,6 @@ def predict(path, model, frontend, classes, threshold=0.5):
                         for (c, on), (_, off) in zip(onsets, offsets, strict=True))
     order = probabilities.argsort(descending=True).tolist()
     return {classes[c]: round(probabilities[c].item(), 4) for c in order}, events
-
-
-def print_prediction(sound, probabilities, events, as_json):
-    """What `predict` returns, for a person or for a program."""
-    if as_json:
-        return print(json.dumps(dict(file=sound, probabilities=probabilities, events=events)), flush=True)
-    print(sound, *(f"{value:8.3f}  {name}" for name, value in list(probabilities.items())[:5]), sep="\n")
-    for onset, offset, name in events or ():
-        print(f"{onset:8.2f} to {offset:7.2f} s  {name}")
-
-
-# -------------------------------------------------------------------------- the HEAR 2021 interface (hearbenchmark.com)
-
-
-def load_model(model_file_path="runs/pretrain"):
-    """HEAR: the encoder of a run, and what HEAR must know of it. Raises InputError as `load_run`."""
-    model, frontend, _ = load_run(model_file_path)
-    model = getattr(model, "encoder", model)
-    model.frontend = frontend
-    model.sample_rate = SAMPLE_RATE
-    model.timestamp_embedding_size = model.settings["dim"]
-    model.scene_embedding_size = 2 * model.settings["dim"]
-    return model
-
-
-@torch.no_grad()
-def get_timestamp_embeddings(audio, model):
-    """HEAR: audio (B, S) in [-1, 1] -> embeddings (B, L, D) by the middle block, and the time of each in ms (B, L)."""
-    x, _ = model.encode(model.frontend(audio), layer=middle_block(model))
-    stack = model.settings["stack"]
-    end = 1000 * audio.shape[1] / SAMPLE_RATE                                           # ms
-    frames = torch.arange(x.shape[1], device=x.device) * stack + (stack - 1) / 2        # frame t is centred on t hops
-    return x, (frames * (1000 * HOP / SAMPLE_RATE)).clamp(max=end).expand(len(x), -1)
-
-
-def get_scene_embeddings(audio, model):
-    """HEAR: audio (B, S) -> mean and standard deviation of these over time (B, 2 D); as --embed, up to a minute."""
-    return stats_over_time(get_timestamp_embeddings(audio, model)[0])
 
 
 # -------------------------------------------------------------------------------------------------------------- options
@@ -607,14 +563,11 @@ def parse(argv=None):
     add("--out", help="folder of this run (runs/finetune; from scratch runs/scratch)")
 
     group = parser.add_argument_group("use a model, --init", "The folder of a run.")
-    add, use = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    use = group.add_mutually_exclusive_group().add_argument
     use("--predict", nargs="+", metavar="SOUND", help="print the five most probable classes of each recording and, for "
         "models with the head 'frames', when each is heard")
     use("--embed", nargs="+", metavar="SOUND", help="write a row for each recording into --out (.npy): mean and "
         "standard deviation over time; --init may be pre-trained only")
-    add("--threshold", type=in_range(float, 0, 1), default=0.5, help="with --predict: of frame probabilities "
-        "(%(default)s)")
-    add("--json", action="store_true", help="with --predict: a line of JSON for each recording, with all classes")
 
     add = parser.add_argument_group("data").add_argument
     add("--data", choices=READERS, default="synth", help="'synth' is made on the fly; 'folder' are your own sounds, a "

@@ -78,8 +78,6 @@ class LogMel(nn.Module):
     clip's frames are the same alone and zero-padded in a batch. Each band is shifted and scaled by
     the mean and standard deviation of the pre-training corpus, see `fit_normalization`. They are
     buffers: they travel in every checkpoint, so that no later use can normalise differently.
-
-    Raises ValueError for a waveform that is empty or not (B, S).
     """
 
     def __init__(self):
@@ -90,8 +88,6 @@ class LogMel(nn.Module):
         self.register_buffer("std", torch.ones(MELS))
 
     def forward(self, waveform, lengths=None):
-        if waveform.dim() != 2 or waveform.shape[1] == 0:
-            raise ValueError(f"LogMel takes waveforms of shape (B, S), not {tuple(waveform.shape)}")
         waveform = waveform.float() / 32768 if waveform.dtype == torch.int16 else waveform.float()
         S = waveform.shape[1]
         lengths = torch.full((len(waveform),), S) if lengths is None else lengths
@@ -135,14 +131,12 @@ def resample(waveform, from_rate, to_rate):
     An output sample is the input convolved with a low-pass filter that is centred on the sample's
     own time, see `low_pass`. Where the output falls between the input samples repeats with a cycle of
     to_rate / gcd outputs, so few filters serve a whole recording (polyphase): a matrix product of
-    windows of input and filters. Raises ValueError for a rate that is not a positive whole number.
+    windows of input and filters. Rates are whole numbers.
     """
-    if min(from_rate, to_rate) < 1 or from_rate != int(from_rate) or to_rate != int(to_rate):
-        raise ValueError(f"sample rates must be positive whole numbers, not {from_rate}, {to_rate}")
     if from_rate == to_rate or waveform.shape[-1] == 0:
         return waveform
-    divisor = math.gcd(int(from_rate), int(to_rate))
-    step, phases = int(from_rate) // divisor, int(to_rate) // divisor
+    divisor = math.gcd(from_rate, to_rate)
+    step, phases = from_rate // divisor, to_rate // divisor
 
     # A cycle takes `step` input samples to `phases` outputs. Short cycles are repeated to at least 64
     # outputs, long ones cut into pieces of 128, so that each matrix product is large enough to be fast.

@@ -1,14 +1,13 @@
 """Pre-train a conformer on unlabelled sound (Sec. 2).
 
-On a laptop, a few minutes of the tiny model on synthetic sounds:
+On a laptop, ten minutes of the tiny model on synthetic sounds:
     python pretrain.py
 Your own recordings, decoded once, then trained on:
     python datasets.py pack /my/sounds packed
     python pretrain.py --data packed --out runs/mine --updates 10000
-One GPU; the GPUs of one machine; of N machines (the same on each):
+One GPU, or eight of them:
     torchrun pretrain.py --size large --data packed --compile --out runs/large
     torchrun --nproc_per_node=8 pretrain.py --size large --data packed --compile --out runs/large
-    torchrun --nproc_per_node=8 --nnodes=N --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 pretrain.py ...
 Then `python finetune.py --init`. The run's folder has checkpoint.pt, all that is needed to resume (--resume) or
 to fine-tune, and log.jsonl, a line of JSON every few updates.
 
@@ -42,7 +41,6 @@ from wav2vec2 import COMMON, SIZES, Wav2Vec2, collapse_warning, summarize
 LONG = dict(updates=300_000, warmup=10_000, lr=3e-4, batch_size=256, seconds=10.0, checkpoint_every=5000)
 SCHEDULES = dict(tiny=dict(updates=1000, warmup=100, lr=1e-3, batch_size=32, seconds=5.0, checkpoint_every=100),
                  small=LONG, large=LONG)
-SETTINGS = {**SIZES["tiny"], **COMMON}      # a model's settings: names and types are the same in every size
 
 
 # ------------------------------------------------------------------------------------------------ pre-training
@@ -106,7 +104,7 @@ def train(model, frontend, source, held_out, args, digest, checkpoint):
         gradients = [p.grad for p in parameters if p.grad is not None]
         # From the sum over masked steps to the mean; DDP has divided by the number of processes.
         torch._foreach_mul_(gradients, world / sums["counted"].clamp(min=1))
-        sums["gradient_norm"] = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+        sums["gradient_norm"] = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         sums = fetch(sums)                                                              # waits for the device, once
         skipped_in_a_row = step_if_finite(optimizer, sums, skipped_in_a_row, source.clips[numbers[0]])
         skipped += skipped_in_a_row > 0
@@ -146,7 +144,8 @@ def build(args, checkpoint, source, device):
     if checkpoint:
         model, frontend = load_encoder(checkpoint)
     else:
-        changes = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+        names = (*SIZES[args.size], *COMMON)
+        changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
         try:
             model, frontend = Wav2Vec2(args.size, **changes), LogMel()
         except ValueError as error:
@@ -234,9 +233,9 @@ class Log:
 
 
 def parse(argv=None):
-    """The options of a run, with what its size leaves open filled in. Raises InputError for impossible options."""
+    """The options of a run, with what its size leaves open filled in."""
     parser = Parser(prog="pretrain.py", description=__doc__)
-    count, positive = in_range(int, 1, 10**9), in_range(float, 1e-12, 1e6)
+    count = in_range(int, 1, 10**9)
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", default=["synth"], help="'synth' (made on the fly), or folders that `datasets.py pack` "
         "wrote")
@@ -254,19 +253,19 @@ def parse(argv=None):
             ("dim", "D, width of the conformer"), ("blocks", "conformer blocks (Fig. 2b)"),
             ("heads", "attention heads (Fig. 2c)"), ("ffn-dim", "units in feed-forward networks"),
             ("first-kernel", "steps of the first block's convolution (31)"), ("kernel", "steps of the others' (15)"),
-            ("dropout", "share of activations dropped (0.1)"), ("stack", "R, log-mel frames in a latent (4)"),
-            ("latent-dim", "width of a latent (256)"),
-            ("mask-prob", "share of latents masked (0.3); more makes the task harder"),
+            ("stack", "R, log-mel frames in a latent (4)"), ("latent-dim", "width of a latent (256)"),
             ("mask-length", "latents in a masked span (3); shorter ones are easier to predict"),
-            ("distractors", "K (100)"), ("temperature", "divides similarities (0.1); larger blurs the choice"),
-            ("norm", f"in the convolution: {' or '.join(NORMS)} (group)")):
-        add(f"--{name}", type=type(SETTINGS[name.replace("-", "_")]), help=text)       # the type of its default
+            ("distractors", "K (100)")):
+        add(f"--{name}", type=in_range(int, 1, 16_384), help=text)
+    add("--mask-prob", type=in_range(float, 0.01, 0.99), help="share of latents masked (0.3); more is harder")
+    add("--temperature", type=in_range(float, 1e-6, 1e6), help="divides similarities (0.1); larger blurs the choice")
+    add("--dropout", type=in_range(float, 0, 0.99), help="share of activations dropped (0.1)")
+    add("--norm", choices=NORMS, help="in the convolution (group)")
 
     add = parser.add_argument_group("optimisation (Sec. 2.3)").add_argument
     add("--updates", type=count, help="of the whole run (tiny: 1000, else 300000)")
     add("--warmup", type=in_range(int, 0, 10**9), help="updates to the peak (tiny: a tenth, else a thirtieth of all)")
-    add("--lr", type=positive, help="peak learning rate (tiny: 1e-3, else 3e-4)")
-    add("--max-grad-norm", type=positive, default=1.0, help="longer gradients are scaled down to it (%(default)s)")
+    add("--lr", type=in_range(float, 1e-12, 1e6), help="peak learning rate (tiny: 1e-3, else 3e-4)")
     add_running_options(parser)
 
     args = parser.parse_args(argv)
@@ -276,14 +275,11 @@ def parse(argv=None):
     for name, value in schedule.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.warmup > args.updates:
-        raise InputError(f"--warmup {args.warmup} must be 0 to --updates {args.updates}")
     return args
 
 
 # -------------------------------------------- running: options, processes, checkpoints (finetune.py uses them too)
 
-CLAIMED = []        # open files, whose locks end with the process
 # Options that may differ when a run is resumed. (The data are compared by their digest instead.)
 MAY_CHANGE = {"resume", "out", "data", "root", "device", "workers", "micro_batch", "checkpoint_every", "log_every",
               "compile", "tensorboard"}
@@ -328,23 +324,7 @@ def resume(args, out, script, data):
         if checkpoint["data"] != data:
             raise InputError(f"{out} was started with other recordings, labels or splits, or in another order")
     out.mkdir(parents=True, exist_ok=True)          # now that all have looked
-    if rank() == 0:
-        claim(out)
     return checkpoint
-
-
-def claim(folder):
-    """Keep other processes, of a run that was thought to be dead perhaps, from writing into a folder until this one
-    ends. Does nothing on Windows. Raises InputError where another has it."""
-    try:
-        import fcntl
-    except ImportError:
-        return
-    CLAIMED.append(open(folder / ".lock", "w"))                 # noqa: SIM115
-    try:
-        fcntl.lockf(CLAIMED[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"{folder}: another process is writing there; wait for it, or name another --out") from None
 
 
 def init_distributed(args):

@@ -118,11 +118,6 @@ def call(monkeypatch, capsys):
     return call
 
 
-def parse_finetune(*options):
-    """The options of a fine-tuning."""
-    return finetune.parse(options)
-
-
 def clock(step):
     """A module `time` whose clock goes on by so many seconds whenever it is looked at."""
     return types.SimpleNamespace(perf_counter=map(step.__mul__, itertools.count(1000)).__next__)
@@ -182,8 +177,6 @@ def test_log_mel_of_ten_seconds_and_of_short_waveforms():
     assert LogMel()(torch.zeros(2, 160_000)).shape == (2, 500, 64)
     assert LogMel()(torch.zeros(1, 1)).shape == (1, 1, 64)
     torch.testing.assert_close(LogMel()(torch.zeros(1, 320)), torch.full((1, 1, 64), math.log(1e-10)))
-    with pytest.raises(ValueError, match="shape"):
-        LogMel()(torch.zeros(1, 0))
 
 
 def test_log_mel_reads_int16_like_floats():
@@ -272,8 +265,6 @@ def test_resample_of_a_batch_and_of_odd_rates():
     assert torch.equal(resample(wave, 16_000, 16_000), wave)
     torch.testing.assert_close(resample(wave, 3, 2)[1, 2], resample(wave[1, 2], 3, 2))
     assert resample(wave, 3, 2).shape == (2, 3, 334)            # 333.3, rounded up
-    with pytest.raises(ValueError, match="rates"):
-        resample(wave, 0, 16_000)
 
 
 # ------------------------------------------------------------------------- Sec. 2.2 Encoder, Fig. 1b
@@ -448,7 +439,7 @@ def test_feature_encoder_stacks_four_frames_and_fills_the_last():
                                 torch.arange(16)[None] >= 10)
     torch.testing.assert_close(z_padded[:, :3], z)
     assert padding.tolist() == [[False, False, False, True]]
-    assert Wav2Vec2("tiny", **SMALL).latent_count(10) == 3
+    assert Wav2Vec2("tiny", **SMALL).rand_shape(2, 10) == (2, 3, 101)
 
 
 # ------------------------------------------------------------------------- Sec. 2.2 Masking, Fig. 1c
@@ -644,7 +635,6 @@ def test_silence_is_reported_and_harmless():
     figures = wav2vec2.summarize(pretrain.fetch(out.sums))
     assert out.sums["counted"] == 0 and figures["dropped"] == 8
     assert figures["duplicates"] == 1 and figures["masked"] == 8 / 20
-    assert "collapsed" in wav2vec2.collapse_warning(figures)
     out.loss.backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     assert gradients and all(gradient.isfinite().all() for gradient in gradients)
@@ -654,19 +644,12 @@ def test_silence_is_reported_and_harmless():
 
 
 def test_collapse_is_warned_of():
-    """With weights of 0 in the feature encoder all latents are the same."""
-    model, log_mel = Wav2Vec2("tiny", **SMALL), torch.randn(2, 80, 64)
-    healthy = wav2vec2.summarize(pretrain.fetch(model(log_mel).sums))
-    assert wav2vec2.collapse_warning(healthy, 0.1) is None
-    torch.nn.init.zeros_(model.features.linear.weight)
-    torch.nn.init.zeros_(model.features.linear.bias)
-    collapsed = wav2vec2.summarize(pretrain.fetch(model(log_mel).sums))
-    assert "collapsed" in wav2vec2.collapse_warning(collapsed) and collapsed["dropped"] > 0
-    assert "silence" in wav2vec2.collapse_warning({**healthy, "duplicates": 0.51})
-    assert wav2vec2.collapse_warning({**healthy, "duplicates": 0.5}, 0.1) is None
-    guessing = {**healthy, "accuracy": 1.1 * healthy["chance"]}
-    assert wav2vec2.collapse_warning(guessing, 0.1) is None and "guessing" in wav2vec2.collapse_warning(guessing, 0.11)
-    assert wav2vec2.collapse_warning({**healthy, "accuracy": 1.3 * healthy["chance"]}) is None
+    healthy = dict(latent_std=0.6, latent_cosine=0.6, duplicates=0.5, accuracy=0.13, chance=0.1)
+    assert wav2vec2.collapse_warning(healthy) is None
+    for change, share, word in ((dict(latent_std=0.009), 0, "collapsed"), (dict(latent_cosine=0.991), 0, "collapsed"),
+                                (dict(duplicates=0.51), 0, "silence"), (dict(accuracy=0.11), 0.11, "guessing")):
+        assert word in wav2vec2.collapse_warning({**healthy, **change}, share)
+    assert wav2vec2.collapse_warning({**healthy, "accuracy": 0.11}, 0.1) is None
 
 
 @pytest.mark.parametrize("changes", [dict(mask_prob=0.5), dict(mask_length=1), dict(distractors=7),
@@ -682,12 +665,9 @@ def test_each_setting_of_the_task_acts(changes):
 
 
 def test_impossible_models_are_refused():
-    for changes, word in ((dict(size="huge"), "huge"), (dict(depth=3), "depth"),
-                          (dict(heads=5), "heads"), (dict(mask_prob=1.5), "mask_prob"), (dict(blocks=0), "blocks"),
-                          (dict(first_kernel=10**14 + 1), "first_kernel"), (dict(dropout=0.9999999), "dropout"),
-                          (dict(kernel=8), "odd"), (dict(temperature=math.inf), "temperature")):
+    for changes, word in ((dict(depth=3), "depth"), (dict(heads=5), "heads"), (dict(kernel=8), "odd")):
         with pytest.raises(ValueError, match=word):
-            Wav2Vec2(**{"size": "tiny", **changes})
+            Wav2Vec2("tiny", **changes)
 
 
 @pytest.mark.parametrize("norm", ["group", "batch"])
@@ -744,10 +724,10 @@ def test_defaults_are_the_papers():
         args = pretrain.parse(["--size", size, "--out", "nowhere"])
         assert (args.updates, args.warmup, args.lr, args.weight_decay) == (300_000, 10_000, 3e-4, 0.01)
         assert (args.batch_size, args.seconds, args.checkpoint_every) == (256, 10, 5000)        # the README's
-    args = parse_finetune("--data", "audioset")
+    args = finetune.parse(["--data", "audioset"])
     assert (args.batch_size, args.head, args.balance) == (640, "frames", True)
     assert set(args.augment) == {"jitter", "time_mask", "mixup"} and args.consistency == 2 and args.loss == "bce"
-    assert parse_finetune("--data", "magnatagatune").batch_size == 64
+    assert finetune.parse(["--data", "magnatagatune"]).batch_size == 64
 
 
 def test_help_tells_the_defaults(capsys):
@@ -815,7 +795,7 @@ def test_all_weights_of_a_head_are_trained(monkeypatch):
     model.scale = torch.nn.Parameter(torch.ones(16))
     monkeypatch.setitem(finetune.POOLINGS, "mean", (lambda x, mask: finetune.mean_over_time(x, mask) * model.scale, 1))
     data = labelled_set([(0,), (1,)] * 4)
-    args = parse_finetune("--updates", "2", "--batch-size", "4", "--head", "mean")
+    args = finetune.parse(["--updates", "2", "--batch-size", "4", "--head", "mean"])
     monkeypatch.setattr(finetune, "save_checkpoint", lambda *_, **content: None)
     finetune.train(model, LogMel(), data, args, Path(), "", None)
     assert (model.scale != 1).all() and model.linear.weight.grad is model.scale.grad is None
@@ -889,14 +869,14 @@ def test_augmentations_that_were_chosen_are_applied_in_their_order(names, monkey
         monkeypatch.setattr(augment, name, lambda *inputs, name=name, original=original: (
             called.append(name) or original(*inputs)))
     wave, lengths = torch.randn(4, 16_000), torch.tensor([16_000, 9_000, 16_000, 9_000])
-    finetune.augment_batch(wave, lengths, LogMel(), parse_finetune("--augment", *names), torch.Generator())
+    finetune.augment_batch(wave, lengths, LogMel(), finetune.parse(["--augment", *names]), torch.Generator())
     assert called == [name for name in ("jitter", "time_mask", "mixup") if name in names]
 
 
 def test_mixup_gets_partners_and_their_lengths(monkeypatch):
     wave, lengths = torch.randn(4, 16_000), torch.tensor([16_000, 9_000, 12_000, 5_000])
     calls = spy(monkeypatch, augment, "mixup")
-    args, generator = parse_finetune("--augment", "mixup"), torch.Generator().manual_seed(1)
+    args, generator = finetune.parse(["--augment", "mixup"]), torch.Generator().manual_seed(1)
     finetune.augment_batch(wave, lengths, LogMel(), args, generator)
     ((log_mel, partner, _, frames), _), = calls
     order = [next(j for j in range(4) if torch.equal(x, log_mel[j])) for x in partner]
@@ -951,7 +931,7 @@ def test_loss_of_two_versions_is_their_mean_and_the_consistency(loss):
         own = [-(target * v.sigmoid().log() + (1 - target) * (1 - v.sigmoid()).log()).mean() for v in (p, q)]
     else:
         own = [-v.softmax(1)[range(4), [0, 1, 1, 2]].log().mean() for v in (p, q)]
-    args = parse_finetune("--loss", loss, "--consistency", "2")
+    args = finetune.parse(["--loss", loss, "--consistency", "2"])
     torch.testing.assert_close(finetune.compute_loss(torch.cat([p, q]), target, args),
                                sum(own) / 2 + 2 * finetune.consistency(p, q, loss))
 
@@ -1339,31 +1319,22 @@ def test_held_out_recordings_are_never_trained_on(tmp_path, call):
 
 
 def test_synth_clips_are_what_their_events_say():
-    counts = dict.fromkeys(datasets.SOUND_CLASSES, 0)
+    """And on average there is more power while an event sounds than outside all of them."""
+    counts, ratios = dict.fromkeys(datasets.SOUND_CLASSES, 0), []
     for i in range(150):
         wave, events = datasets.synth_clip(i, "train")
         assert wave.dtype == np.int16 and len(wave) == 80_000 and 1 <= len(events) <= 3
-        assert all(0 <= onset < offset <= 5 for onset, offset, _ in events)
-        for _, _, kind in events:
-            counts[kind] += 1
-    assert counts["footsteps"] > 2 * counts["siren"] > 0        # classes are unbalanced
-    again, _ = datasets.synth_clip(149, "train")
-    assert np.array_equal(wave, again)
-    assert not np.array_equal(wave, datasets.synth_clip(149, "test")[0])
-
-
-def test_synth_events_are_where_they_are_said_to_be():
-    """On average, there is more power while an event sounds than outside all of them."""
-    ratios = []
-    for i in range(40):
-        wave, events = datasets.synth_clip(i)
         inside = np.zeros(len(wave), bool)
-        for onset, offset, _ in events:
+        for onset, offset, kind in events:
+            assert 0 <= onset < offset <= 5
+            counts[kind] += 1
             inside[int(onset * 16_000):int(offset * 16_000)] = True
         if not inside.all():
             power = wave.astype(float) ** 2
             ratios.append(np.log(power[inside].mean() / power[~inside].mean()))
-    assert np.mean(ratios) > 0.5
+    assert counts["footsteps"] > 2 * counts["siren"] > 0 and np.mean(ratios) > 0.5      # classes are unbalanced
+    assert np.array_equal(wave, datasets.synth_clip(149, "train")[0])
+    assert not np.array_equal(wave, datasets.synth_clip(149, "test")[0])
 
 
 @pytest.mark.parametrize("sound, level, centre", [
@@ -1396,11 +1367,6 @@ def test_synth_writes_clips_and_their_events(tmp_path, call):
     assert np.array_equal(soundfile.read(tmp_path / "out" / "1.wav", dtype="int16")[0], clips[1][0])
 
 
-def test_synth_tones_have_their_frequency():
-    spectrum = np.abs(np.fft.rfft(datasets._tone(np.full(16_000, 440.0), (1, 0.5))))
-    assert spectrum.argmax() == 440 and spectrum[880] == pytest.approx(spectrum[440] / 2, rel=1e-3)
-
-
 def test_synth_is_labelled_with_its_events():
     clips = datasets.synth_labelled(3, 2)
     assert [clip.split for clip in clips] == ["train"] * 3 + ["test"] * 2
@@ -1415,45 +1381,24 @@ def test_synth_is_labelled_with_its_events():
 Miniature = namedtuple("Miniature", "there missing unreadable trained_on")      # numbers of clips
 
 
+def lay_out(root, tables, sounds):
+    """A data set in miniature: the lines of its tables, and tones as (path, seconds, frequency); at 0 Hz it is junk."""
+    for path, lines in tables.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text("\n".join(lines) + "\n")
+    for path, seconds, frequency in sounds:
+        write_wav(root / path, seconds, frequency=frequency)
+        if frequency == 0:
+            (root / path).write_bytes(b"RIFF")
+
+
 def write_esc50(root):
-    """ESC-50's layout in miniature: 3 classes, 5 folds, 2 clips of each; 2 classes are ESC-10's."""
-    lines = ["filename,fold,target,category,esc10,src_file,take"]
-    for fold in range(1, 6):
-        for target, (category, esc10) in enumerate([("dog", True), ("rain", True), ("keys", False)]):
-            for take in "AB":
-                name = f"{fold}-{100 + target}-{take}-{target}.wav"
-                write_wav(root / "audio" / name, 0.5 + 0.1 * fold, 44_100, frequency=300 * 3 ** target)
-                lines.append(f"{name},{fold},{target},{category},{esc10},{100 + target},{take}")
-    (root / "meta").mkdir()
-    (root / "meta" / "esc50.csv").write_text("\n".join(lines) + "\n")
-
-
-def mini_audioset(root):
-    """Blanks after commas, ids that begin with - or Y, four ways to name a file, clips that are gone."""
-    ids = ["-0RWZT-miFs", "--4gqARaEJE", "Y0_abcdefgh", "abcdefghijk", "gone_gone_g", "-corrupt_-_"]
-    quirks = ["{}.wav", "Y{}.wav", "{}_30.flac", "{}_30000.ogg", None, "{}.wav"]
-    (root / "audio").mkdir(parents=True)
-    for part, prefix in (("balanced_train", "b"), ("unbalanced_train", "u"), ("eval", "e")):
-        lines = ["# Segments csv created Sun Mar  5 10:54:25 2017", "# num_ytids=6, num_segs=6",
-                 "# YTID, start_seconds, end_seconds, positive_labels"]
-        for i, (name, quirk) in enumerate(zip(ids, quirks, strict=True)):
-            name = name[:-1] + prefix
-            mids = ["/m/09x0r,/t/dd00088", "/m/0dgw9r", "/m/09x0r"][i % 3]
-            lines.append(f'{name}, 30.000, 40.000, "{mids}"')
-            if name.startswith("-corrupt"):
-                (root / "audio" / f"{name}.wav").write_text("not audio")
-            elif quirk:
-                write_wav(root / "audio" / quirk.format(name), 1, 16_000, frequency=300 * (1 + i % 3))
-        (root / f"{part}_segments.csv").write_text("\n".join(lines) + "\n")
-    (root / "class_labels_indices.csv").write_text(
-        'index,mid,display_name\n0,/m/09x0r,"Speech"\n1,/t/dd00088,"Gush"\n'
-        '2,/m/0dgw9r,"Male speech, man speaking"\n')
-    return Miniature(there=12, missing=3, unreadable=3, trained_on=8)
-
-
-def mini_audioset_balanced(root):
-    mini_audioset(root)
-    return Miniature(there=8, missing=2, unreadable=2, trained_on=4)
+    """ESC-50: 3 classes, 5 folds, 2 clips of each; 2 classes are ESC-10's."""
+    clips = [(f"{fold}-{100 + k}-{take}-{k}.wav", fold, k, ("dog", "rain", "keys")[k], k < 2, 100 + k, take)
+             for fold in range(1, 6) for k in range(3) for take in "AB"]
+    lines = ["filename,fold,target,category,esc10,src_file,take", *(",".join(map(str, clip)) for clip in clips)]
+    lay_out(root, {"meta/esc50.csv": lines},
+            [(f"audio/{name}", 0.5 + 0.1 * fold, 300 * 3 ** k) for name, fold, k, *_ in clips])
 
 
 def mini_esc50(root):
@@ -1463,17 +1408,34 @@ def mini_esc50(root):
     return Miniature(there=28, missing=1, unreadable=1, trained_on=22)
 
 
+def mini_audioset(root):
+    """Blanks after commas, ids that begin with - or Y, four ways to name a file, clips that are gone."""
+    clips = [("-0RWZT-miF", "/m/09x0r,/t/dd00088", "{}.wav", 300), ("--4gqARaEJ", "/m/0dgw9r", "Y{}.wav", 600),
+             ("Y0_abcdefg", "/m/09x0r", "{}_30.flac", 900), ("abcdefghij", "/m/09x0r,/t/dd00088", "{}_30000.ogg", 300),
+             ("gone_gone_", "/m/0dgw9r", None, 0), ("-corrupt_-", "/m/09x0r", "{}.wav", 0)]
+    lay_out(root, {"class_labels_indices.csv": ["index,mid,display_name", '0,/m/09x0r,"Speech"', '1,/t/dd00088,"Gush"',
+                                                '2,/m/0dgw9r,"Male speech, man speaking"']}, [])
+    for part in ("balanced_train", "unbalanced_train", "eval"):
+        lines = ["# Segments csv created Sun Mar  5 10:54:25 2017", "# num_ytids=6, num_segs=6",
+                 "# YTID, start_seconds, end_seconds, positive_labels",
+                 *(f'{name}{part[0]}, 30.000, 40.000, "{mids}"' for name, mids, _, _ in clips)]
+        lay_out(root, {f"{part}_segments.csv": lines},
+                [(f"audio/{form}".format(name + part[0]), 1, frequency) for name, _, form, frequency in clips if form])
+    return Miniature(there=12, missing=3, unreadable=3, trained_on=8)
+
+
+def mini_audioset_balanced(root):
+    mini_audioset(root)
+    return Miniature(there=8, missing=2, unreadable=2, trained_on=4)
+
+
 def mini_fsdkaggle2019(root):
     """Quoted lists of labels; Zenodo's folders and file names."""
     for part, usage in (("train_curated", ""), ("train_noisy", ""), ("test", ",usage")):
-        lines = ["fname,labels" + usage]
-        for i, labels in enumerate(["Bark", '"Bark,Meow"', "Purr", "Meow"]):
-            name = f"{part[6:10]}{i:04x}.wav"
-            lines.append(f"{name},{labels}" + ",Public" * bool(usage))
-            write_wav(root / f"FSDKaggle2019.audio_{part}" / name, 0.4 + 0.3 * i, 44_100, frequency=200 * (i + 1))
-        meta = root / "FSDKaggle2019.meta"
-        meta.mkdir(exist_ok=True)
-        (meta / f"{part}_post_competition.csv").write_text("\n".join(lines) + "\n")
+        clips = [(f"{part[6:10]}{i:04x}.wav", own) for i, own in enumerate(["Bark", '"Bark,Meow"', "Purr", "Meow"])]
+        lay_out(root, {f"FSDKaggle2019.meta/{part}_post_competition.csv": [
+            f"fname,labels{usage}", *(f"{name},{own}{usage}" for name, own in clips)]},
+            [(f"FSDKaggle2019.audio_{part}/{name}", 0.4 + 0.3 * i, 200 * (i + 1)) for i, (name, _) in enumerate(clips)])
     return Miniature(there=12, missing=0, unreadable=0, trained_on=8)
 
 
@@ -1486,64 +1448,55 @@ def mini_fsdkaggle2019_curated(root):
 
 
 def mini_dcase2019(root):
-    """Tabs; stereo at 48 kHz."""
-    (root / "evaluation_setup").mkdir(parents=True)
+    """Tabs."""
     for part in ("train", "evaluate"):
-        lines = ["filename\tscene_label"]
-        for i, scene in enumerate(["airport", "park", "metro_station", "park"]):
-            name = f"audio/{scene}-lisbon-{part}-{i}-a.wav"
-            lines.append(f"{name}\t{scene}")
-            write_wav(root / name, 1, 48_000, channels=2, frequency=250 * (1 + i % 2))
-        (root / "evaluation_setup" / f"fold1_{part}.csv").write_text("\n".join(lines) + "\n")
+        clips = [(f"audio/{scene}-lisbon-{part}-{i}-a.wav", scene)
+                 for i, scene in enumerate(["airport", "park", "metro_station", "park"])]
+        lay_out(root, {f"evaluation_setup/fold1_{part}.csv": [
+            "filename\tscene_label", *(f"{name}\t{scene}" for name, scene in clips)]},
+            [(name, 1, 250 * len(scene)) for name, scene in clips])
     return Miniature(there=8, missing=0, unreadable=0, trained_on=4)
 
 
 def mini_magnatagatune(root):
-    """Tabs, quotes, mp3 in folders 0 to f; a clip without tags; one of the empty mp3s."""
-    lines = ["\t".join(f'"{name}"' for name in ("clip_id", "no voice", "guitar", "mp3_path"))]
-    for i, folder in enumerate("0123456789abcdefc"):
-        path = f"{folder}/artist-album-{i:02}-track-0-29.mp3"
-        guitar = i // 4 % 2 if folder == "c" else 1 - i % 2
-        tags = (0, 0) if folder == "3" else (1 - guitar, guitar)
-        lines.append("\t".join(f'"{value}"' for value in (i, *tags, path)))
-        write_wav(root / path, 1.2, 16_000, frequency=220 + 440 * (i % 2))
-    (root / "6" / "artist-album-06-track-0-29.mp3").write_bytes(b"")
-    (root / "annotations_final.csv").write_text("\n".join(lines) + "\n")
+    """Tabs, quotes, mp3 in folders 0 to f, of which 3 has a clip without tags, and 6 one that is junk."""
+    tags = {"3": (0, 0), "c": (0, 1)}
+    clips = [(i, *tags.get(folder, (i % 2, 1 - i % 2)), f"{folder}/artist-album-{i:02}-track-0-29.mp3")
+             for i, folder in enumerate("0123456789abcdef")]
+    clips.append((16, 1, 0, "c/artist-album-16-track-0-29.mp3"))
+    rows = [("clip_id", "no voice", "guitar", "mp3_path"), *clips]
+    lay_out(root, {"annotations_final.csv": ["\t".join(f'"{value}"' for value in row) for row in rows]},
+            [(path, 1.2, 0 if path[0] == "6" else 220 + 440 * (i % 2)) for i, _, _, path in clips])
     return Miniature(there=15, missing=0, unreadable=1, trained_on=10)
 
 
 def mini_kinetics700(root):
     """Ids that begin with -, padded times in names, a test split whose labels are held out."""
+    tables = {"test.csv": ["youtube_id,time_start,time_end,split", "-tes0__abcde,0,10,test"]}
     for split in ("train", "validate"):
-        lines = ["label,youtube_id,time_start,time_end,split"]
-        for i, label in enumerate(["playing guitar", "dancing", '"eating, slowly"', "dancing"]):
-            name = f"-{split[:3]}{i}__abcde"
-            lines.append(f"{label},{name},{i},{i + 10},{split}")
-            if (split, i) != ("train", 3):
-                write_wav(root / split / f"{name}_{i:06}_{i + 10:06}.wav", 1, 16_000, frequency=200 * (1 + i))
-        (root / f"{split}.csv").write_text("\n".join(lines) + "\n")
-    (root / "test.csv").write_text("youtube_id,time_start,time_end,split\n-tes0__abcde,0,10,test\n")
+        clips = [(label, f"-{split[:3]}{i}__abcde", i)
+                 for i, label in enumerate(["playing guitar", "dancing", '"eating, slowly"', "dancing"])]
+        tables[f"{split}.csv"] = ["label,youtube_id,time_start,time_end,split",
+                                  *(f"{label},{name},{i},{i + 10},{split}" for label, name, i in clips)]
+        lay_out(root, tables, [(f"{split}/{name}_{i:06}_{i + 10:06}.wav", 1, 200 * (1 + i)) for _, name, i in clips])
+    (root / "train" / "-tra3__abcde_000003_000013.wav").unlink()
     return Miniature(there=7, missing=1, unreadable=0, trained_on=3)
 
 
 def mini_folder(root):
-    for i in range(20):
-        write_wav(root / ["high", "low"][i % 2] / "sub" / f"{i}.flac", 0.5 + i / 100, 22_050,
-                  frequency=1600 >> (i % 2))
-    soundfile.write(root / "low" / "sub" / "1.flac", np.zeros(8000), 16_000)     # a silent clip has its label too
+    lay_out(root, {}, [(f"{'high' if i % 2 else 'low'}/sub/{i}.flac", 0.5 + i / 100, 1600 if i % 2 else 800)
+                       for i in range(20)])
+    soundfile.write(root / "low" / "sub" / "0.flac", np.zeros(8000), 16_000)     # a silent clip has its label too
     write_wav(root / "in no class.wav")
     return Miniature(there=20, missing=0, unreadable=0, trained_on=16)
 
 
 def mini_csv(root):
-    """Several labels, none, and a split; the file column counts from the table's folder."""
-    lines = ["file,labels,split"]
-    for i, (labels, split) in enumerate([("a; b", "train"), ("a", "train"), ("", "train"), ("b", "valid"),
-                                         ("a", "valid"), ("b", "test"), ("a;b", "test")]):
-        lines.append(f"sounds/{i}.wav,{labels},{split}")
-        write_wav(root / "sounds" / f"{i}.wav", 0.5, frequency=300 + i)
-    (root / "sounds" / "4.wav").unlink()
-    (root / "mine.csv").write_text("\n".join(lines) + "\n")
+    """Several labels, none, and a split; the file column counts from the table's folder. One is missing."""
+    rows = ["0.wav,a; b,train", "1.wav,a,train", "2.wav,,train", "3.wav,b,valid", "4.wav,a,valid", "5.wav,b,test",
+            "6.wav,a;b,test"]
+    lay_out(root, {"mine.csv": ["file,labels,split", *(f"sounds/{row}" for row in rows)]},
+            [(f"sounds/{i}.wav", 0.5, 300 + i) for i in (0, 1, 2, 3, 5, 6)])
     return Miniature(there=6, missing=1, unreadable=0, trained_on=3)
 
 
@@ -1579,52 +1532,35 @@ def test_own_sets_get_cross_entropy_where_a_clip_has_one_label(tmp_path, name, r
     assert result(tmp_path / "run")["args"]["loss"] == loss
 
 
-def load_quietly(name, root):
-    return datasets.load_labelled(name, root)
-
-
 def test_labels_of_the_data_sets(tmp_path):
     """What the tables say about single clips."""
-    write_esc50(tmp_path / "e")
-    data, part = load_quietly("esc50", tmp_path / "e"), load_quietly("esc10", tmp_path / "e")
-    assert (len(data), len(part)) == (30, 20) and part.classes == ["dog", "rain"]
-    assert sorted(part.splits) == sorted("12345" * 4)
-    i = names(part).index("3-101-B-1.wav")
-    assert part.labels[i] == [1] and len(part.waveform(i)) == pytest.approx(12_800, abs=1)
-    mini_audioset(tmp_path / "a")
-    data = load_quietly("audioset", tmp_path / "a")
-    assert data.classes == ["Speech", "Gush", "Male speech, man speaking"]
-    own = dict(zip(names(data), data.labels, strict=True))
-    assert own["-0RWZT-miFb"] == [0, 1] and own["--4gqARaEJu"] == [2] and own["Y0_abcdefge"] == [0]
-    mini_dcase2019(tmp_path / "d")
-    data = load_quietly("dcase2019", tmp_path / "d")
-    own = dict(zip(names(data), data.groups, strict=True))       # clips of one place
-    assert own["audio/park-lisbon-train-3-a.wav"] == own["audio/park-lisbon-train-1-a.wav"] == "park-lisbon-train"
-    assert len(set(own.values())) == 3 + 4          # three places to train on; test clips need none
-    mini_fsdkaggle2019(tmp_path / "f")
-    data = load_quietly("fsdkaggle2019-noisy", tmp_path / "f")
-    assert data.classes == ["Bark", "Meow", "Purr"] and (data.splits == "train").sum() == 4
-    assert dict(zip(names(data), data.labels, strict=True))["nois0001.wav"] == [0, 1]
-    mini_magnatagatune(tmp_path / "m")
-    data = load_quietly("magnatagatune", tmp_path / "m")
-    splits = {name[0]: split for name, split in zip(names(data), data.splits, strict=True)}
-    assert "3" not in splits and "6" not in splits
-    assert [splits[folder] for folder in "0bcdf"] == ["train", "train", "valid", "test", "test"]
-    clips, classes = datasets.magnatagatune(tmp_path / "m", top=1)
+    sets = {}
+    for name, clip, labels, split in (
+            ("esc50", "3-102-B-2.wav", "keys", "3"), ("esc10", "3-101-B-1.wav", "rain", "3"),
+            ("audioset", "-0RWZT-miFb", "Speech;Gush", "train"), ("audioset", "Y0_abcdefge", "Speech", "test"),
+            ("audioset", "--4gqARaEJu", "Male speech, man speaking", "train"),
+            ("fsdkaggle2019-noisy", "nois0001.wav", "Bark;Meow", "train"),
+            ("dcase2019", "audio/park-lisbon-train-3-a.wav", "park", "train"),
+            *(("magnatagatune", f"{folder}/artist-album-{int(folder, 16):02}-track-0-29.mp3", tag, split)
+              for folder, tag, split in (("0", "guitar", "train"), ("b", "no voice", "train"), ("c", "guitar", "valid"),
+                                         ("d", "no voice", "test"), ("f", "no voice", "test"))),
+            ("kinetics700", "-val2__abcde_000002_000012", "eating, slowly", "test"),
+            ("csv", "sounds/0.wav", "a;b", "train"), ("csv", "sounds/2.wav", "", "train")):
+        if name not in sets:
+            MINIATURES.get(name, mini_fsdkaggle2019 if "fsd" in name else write_esc50)(tmp_path / name)
+            sets[name] = datasets.load_labelled(name, tmp_path / name / ("mine.csv" if name == "csv" else ""))
+        data = sets[name]
+        found = data.clips[names(data).index(clip)]
+        assert found.split == split and found.labels == tuple(labels.split(";") if labels else ())
+        assert [data.classes[c] for c in data.labels[names(data).index(clip)]] == list(found.labels)
+    assert len(sets["esc50"]) == 28 and len(sets["esc10"]) == 20 and sets["esc10"].classes == ["dog", "rain"]
+    assert sets["audioset"].classes == ["Speech", "Gush", "Male speech, man speaking"] and sets["csv"].metric == "mAP"
+    places = {f"{scene}-lisbon-train" for scene in ("airport", "park", "metro_station")}
+    assert len(set(sets["dcase2019"].groups) - places) == 4     # the test clips, which need none
+    assert not {name[0] for name in names(sets["magnatagatune"])} & {"3", "6"}
+    clips, classes = datasets.magnatagatune(tmp_path / "magnatagatune", top=1)
     assert classes == ["no voice"] and len(clips) == 8          # of odd folders but 3, and one in c
     assert inspect.signature(datasets.magnatagatune).parameters["top"].default == 50       # Sec. 3.2
-    mini_kinetics700(tmp_path / "k")
-    data = load_quietly("kinetics700", tmp_path / "k")
-    own = dict(zip(names(data), data.labels, strict=True))
-    assert own["-val2__abcde_000002_000012"] == [data.classes.index("eating, slowly")]
-    mini_csv(tmp_path / "c")
-    data = load_quietly("csv", tmp_path / "c" / "mine.csv")
-    assert data.labels[0] == [0, 1] and data.labels[2] == [] and data.metric == "mAP"
-    mini_folder(tmp_path / "s")
-    data = load_quietly("folder", tmp_path / "s")
-    assert data.classes == ["high", "low"] and data.metric == "accuracy"
-    tested = data.subset(np.flatnonzero(data.splits == "test"))
-    assert sorted(np.bincount([own[0] for own in tested.labels])) == [2, 2]
 
 
 def test_metrics_of_the_data_sets_are_the_papers():
@@ -1645,10 +1581,10 @@ def write_table(folder, *rows, columns="file,labels,split"):
 
 def test_a_fifth_of_each_class_is_held_out_of_a_table_without_splits(tmp_path):
     """Though no two clips have the same labels. Clips of a group stay together."""
-    data = load_quietly("csv", write_table(tmp_path, *(f"{i}.wav,{'ab'[i % 2]};{i}" for i in range(20)),
+    data = datasets.load_labelled("csv", write_table(tmp_path, *(f"{i}.wav,{'ab'[i % 2]};{i}" for i in range(20)),
                                            columns="file,labels"))
     assert sorted(int(clip.name[:-4]) % 2 for clip in data.clips if clip.split == "test") == [0, 0, 1, 1]
-    data = load_quietly("csv", write_table(tmp_path, *(f"{i}.wav,a,{i // 4}" for i in range(40)),
+    data = datasets.load_labelled("csv", write_table(tmp_path, *(f"{i}.wav,a,{i // 4}" for i in range(40)),
                                            columns="file,labels,group"))
     groups = [{clip.group for clip in data.clips if clip.split == split} for split in ("train", "test")]
     assert [len(group) for group in groups] == [8, 2] and not groups[0] & groups[1]
@@ -1680,7 +1616,7 @@ REFUSED = [     # a table, and what is said of it
 def test_tables_that_can_not_be_right_are_refused(tmp_path, table, message):
     write_table(tmp_path, "1.wav", "2.wav", "copy1.wav").write_text(table, errors="surrogateescape")
     with pytest.raises(InputError, match=message):
-        load_quietly("csv", tmp_path / "mine.csv")
+        datasets.load_labelled("csv", tmp_path / "mine.csv")
 
 
 def test_a_table_of_one_class_is_refused(tmp_path, call):
@@ -1691,7 +1627,7 @@ def test_a_table_of_one_class_is_refused(tmp_path, call):
 def test_every_label_that_two_recordings_have_is_tested(tmp_path):
     """13 of them, of which each recording has two: it counts for the rarer one."""
     rows = [f"{i}.wav,{'abcdefghijklm'[i % 13]};{'abcdefghijklm'[i * i % 13]}" for i in range(60)]
-    data = load_quietly("csv", write_table(tmp_path, *rows, columns=" file , labels "))         # blanks are harmless
+    data = datasets.load_labelled("csv", write_table(tmp_path, *rows, columns=" file , labels "))         # blanks are harmless
     tested = data.targets(np.flatnonzero(data.splits == "test")).sum(0)
     trained = data.targets(np.flatnonzero(data.splits == "train")).sum(0)
     assert len(data.classes) == 13 and (tested > 0).all() and (trained > 0).all()
@@ -1702,7 +1638,7 @@ def test_a_class_of_one_group_is_trained_on(tmp_path):
     """Whichever of the two groups comes first: wind is in one of them only."""
     for first, second in ("xy", "yx"):
         rows = [f"{i}.wav,{'wind' if i == 1 else 'steps'},{first if i < 3 else second}" for i in range(6)]
-        data = load_quietly("csv", write_table(tmp_path / first, *rows, columns="file,labels,group"))
+        data = datasets.load_labelled("csv", write_table(tmp_path / first, *rows, columns="file,labels,group"))
         assert {clip.group for clip in data.clips if clip.split == "test"} == {second}
 
 
@@ -1711,7 +1647,7 @@ def test_one_recording_in_two_formats_is_not_on_both_sides(tmp_path):
     for i in range(20):
         write_wav(tmp_path / "ab"[i % 2] / f"{i}.wav", 0.3, frequency=200 + 50 * i)
         write_wav(tmp_path / "ab"[i % 2] / f"{i}.mp3", 0.3, frequency=200 + 50 * i)
-    data = load_quietly("folder", tmp_path)
+    data = datasets.load_labelled("folder", tmp_path)
     sides = {}
     for clip in data.clips:
         sides.setdefault(clip.name[:-4], set()).add(clip.split)
@@ -1726,68 +1662,54 @@ def test_a_copy_is_used_once(tmp_path, capsys):
     shutil.copy(tmp_path / "a" / "0.wav", tmp_path / "a" / "copy.wav")
     for name in ("a/x.mp3", "b/x.mp3"):                         # a page that says that the file was not found
         (tmp_path / name).write_text("<html>404</html>")
-    assert len(load_quietly("folder", tmp_path)) == 6
+    assert len(datasets.load_labelled("folder", tmp_path)) == 6
     printed = capsys.readouterr().out
     assert "0 missing, 3 skipped" in printed and "a/copy.wav: the same sound as a/0.wav" in printed
 
 
 def test_a_row_for_each_label_is_one_clip(tmp_path):
     rows = ["1.wav,a,train", "2.wav,a,test", "./1.wav,b,train", "1.wav,a,train"]
-    data = load_quietly("csv", write_table(tmp_path, *rows))
+    data = datasets.load_labelled("csv", write_table(tmp_path, *rows))
     assert names(data) == ["1.wav", "2.wav"] and data.labels == [[0, 1], [0]] and data.metric == "mAP"
     write_esc50(tmp_path / "e")
     table = tmp_path / "e" / "meta" / "esc50.csv"
     table.write_text(table.read_text() + "1-100-A-0.wav,2,0,dog,True,100,A\n")         # the same clip in another fold
     with pytest.raises(InputError, match="1-100-A-0.wav is in two splits: 1 and 2"):
-        load_quietly("esc50", tmp_path / "e")
+        datasets.load_labelled("esc50", tmp_path / "e")
 
 
-@pytest.mark.parametrize("folders", ["train test", "fold1 fold2 fold3", "Training Validation dog"])
-def test_folders_of_splits_are_no_classes(tmp_path, folders):
-    """They would be told from one another, with a fine accuracy."""
-    for i, name in enumerate(folders.split()):
+@pytest.mark.parametrize("folders, refused", [
+    ("train test", True), ("fold1 fold2 fold3", True), ("Training Validation dog", True),
+    ("train dog", False), ("train_horn train_brakes", False)])
+def test_folders_of_splits_are_no_classes(tmp_path, folders, refused):
+    """They would be told from one another, with a fine accuracy. A single one may be a class."""
+    for i, name in enumerate(3 * folders.split()):
         write_wav(tmp_path / name / "sub" / f"{i}.wav", frequency=200 + 50 * i)
-    with pytest.raises(InputError, match="look like splits, not classes: name the folder above the classes"):
-        load_quietly("folder", tmp_path)
+    with pytest.raises(InputError, match="name the folder above") if refused else contextlib.nullcontext():
+        assert datasets.load_labelled("folder", tmp_path).classes == sorted(folders.split())
 
 
-def test_classes_may_begin_with_train(tmp_path):
-    for i in range(10):
-        write_wav(tmp_path / ("train_horn", "train_brakes")[i % 2] / f"{i}.wav", frequency=200 + 50 * i)
-    assert load_quietly("folder", tmp_path).classes == ["train_brakes", "train_horn"]
-
-
-def test_a_class_may_be_called_like_a_split_and_classes_are_printed_with_their_clips(tmp_path, capsys):
+def test_classes_are_printed_with_their_clips(tmp_path, capsys):
+    """All of them, or the first and last few."""
     for i in range(12):
-        name = "train" if i < 5 else "dog" if i < 8 else f"{i}"
-        write_wav(tmp_path / name / f"{i}.wav", 0.3, frequency=200 + 50 * i)
-    data = load_quietly("folder", tmp_path)
-    assert [data.classes[own[0]] for own in data.labels].count("train") == 5
-    assert "6 classes: 10 1, 11 1, 8 1, 9 1, dog 3, train 5" in capsys.readouterr().out
-    for i in range(20):
-        write_wav(tmp_path / f"more{i:02}" / f"{i}.wav", 0.3, frequency=900 + 50 * i)
-    load_quietly("folder", tmp_path)
-    printed = capsys.readouterr().out
-    assert "26 classes: 10 1, 11 1, 8 1, 9 1, dog 3, ..., more16 1, more17 1, more18 1, more19 1, train 5" in printed
+        write_wav(tmp_path / ("steps" if i < 5 else "dog" if i < 8 else f"{i}") / f"{i}.wav", 0.3, frequency=200 + 50 * i)
+    datasets.load_labelled("folder", tmp_path)
+    assert "6 classes: 10 1, 11 1, 8 1, 9 1, dog 3, steps 5\n" in capsys.readouterr().out
+    for i in range(12, 18):
+        write_wav(tmp_path / f"{i}" / f"{i}.wav", 0.3, frequency=200 + 50 * i)
+    datasets.load_labelled("folder", tmp_path)
+    assert "12 classes: 10 1, 11 1, 12 1, 13 1, 14 1, ..., 17 1, 8 1, 9 1, dog 3, steps 5\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("columns, rows, splits", [
-    ("file,labels,split", ["1.wav,a,Train", "2.wav,b,val", "3.wav,a,TEST"], ["train", "valid", "test"]),
-    ("file,labels,split,fold", ["1.wav,a,,01", "2.wav,b,,1", "3.wav,a,,0"], ["1", "1", "0"])])
-def test_splits_may_be_written_in_other_ways(tmp_path, columns, rows, splits):
-    assert load_quietly("csv", write_table(tmp_path, *rows, columns=columns)).splits.tolist() == splits
-
-
-def test_rows_of_commas_are_skipped_and_a_fold_beside_a_split_is_not_used(tmp_path):
-    table = write_table(tmp_path, "1.wav,a,train,1", "2.wav,b,test,2", columns="file,labels,split,fold")
-    table.write_text(table.read_text() + ",,,\n")
-    assert load_quietly("csv", table).splits.tolist() == ["train", "test"]
-
-
-def test_columns_of_a_table_that_are_not_used_are_named_and_fold_is_split(tmp_path, capsys):
-    rows = [f"{i}.wav,ab,{i % 3 + 1},me,{i}" for i in range(6)]
-    data = load_quietly("csv", write_table(tmp_path, *rows, columns="file,labels,fold,recordist,take"))
-    assert data.splits.tolist() == list("123123") and "not used: recordist, take" in capsys.readouterr().out
+@pytest.mark.parametrize("rows, splits", [
+    (["1.wav,a,Train,me", "2.wav,b,val,", "3.wav,a,TEST,you"], ["train", "valid", "test"]),
+    (["1.wav,a,01,", "2.wav,b,1,", "3.wav,a,0,"], ["1", "1", "0"])])
+def test_tables_may_be_written_in_other_ways(tmp_path, capsys, rows, splits):
+    """Columns that are not used are named."""
+    table = write_table(tmp_path, *rows, columns="file,labels,split,recordist")
+    table.write_text(table.read_text() + ",,,\n")               # as spreadsheets end
+    assert datasets.load_labelled("csv", table).splits.tolist() == splits
+    assert "not used: recordist\n" in capsys.readouterr().out
 
 
 AUDIOSET_NAMES = ("{}_30.000_40.000", "{}_30_40", "{}_30000_40000", "{}_30.000", "{}_30", "{}_30000", "{}",
@@ -1803,19 +1725,19 @@ def test_names_of_audioset_clips(tmp_path, form):
         write_wav(tmp_path / "whole videos" / "-0RWZT-miFb.wav", 2)
     table = tmp_path / "balanced_train_segments.csv"
     table.write_text("\ufeff" + table.read_text().replace("09x0r,/t", "09x0r, /t") + "\n\n")     # all that is harmless
-    data = load_quietly("audioset-balanced", tmp_path)
+    data = datasets.load_labelled("audioset-balanced", tmp_path)
     assert names(data) == ["-0RWZT-miFb"] and data.labels == [[0, 1]] and data.clips[0].samples == 16_000
     os.remove(tmp_path / f"{form.format('-0RWZT-miFb')}.wav")
     shutil.rmtree(tmp_path / "whole videos", ignore_errors=True)
     with pytest.raises(InputError, match="none of the 12 recordings of audioset-balanced is there, such as -0RWZT-miFb; ffmpeg"):
-        load_quietly("audioset-balanced", tmp_path)
+        datasets.load_labelled("audioset-balanced", tmp_path)
 
 
 def test_kinetics_tables_may_be_named_otherwise(tmp_path):
     mini_kinetics700(tmp_path)
     for name, other in (("train", "kinetics_train"), ("validate", "kinetics_val")):         # as mmaction2 names them
         (tmp_path / f"{name}.csv").rename(tmp_path / f"{other}.csv")
-    assert len(load_quietly("kinetics700", tmp_path)) == 7
+    assert len(datasets.load_labelled("kinetics700", tmp_path)) == 7
 
 
 def test_a_line_of_audioset_that_lost_its_quotes_is_named(tmp_path):
@@ -1823,7 +1745,7 @@ def test_a_line_of_audioset_that_lost_its_quotes_is_named(tmp_path):
     table = tmp_path / "eval_segments.csv"
     table.write_text(table.read_text().replace('"', ""))
     with pytest.raises(InputError, match="eval_segments.csv: damaged, or not what it should be .*too many values"):
-        load_quietly("audioset", tmp_path)
+        datasets.load_labelled("audioset", tmp_path)
 
 
 def test_nothing_is_pre_trained_on_test_clips(tmp_path, call, capsys):
@@ -1842,16 +1764,12 @@ def test_recordings_too_short_to_learn_from_are_counted(tmp_path, capsys):
     assert "2 of 4 recordings are left out: shorter than a second" in capsys.readouterr().out
 
 
-def test_sets_of_which_little_is_there_are_refused_or_warned_of(tmp_path, capsys):
+def test_a_set_of_which_nothing_can_be_read_is_refused(tmp_path):
     write_esc50(tmp_path)
-    files = sorted((tmp_path / "audio").iterdir())
-    for path in files[1:]:
+    for path in (tmp_path / "audio").iterdir():
         path.write_text("not audio")
-    datasets.load_labelled("esc50", tmp_path)
-    assert "warning: more than half of esc50" in capsys.readouterr().out
-    files[0].write_text("not audio")
     with pytest.raises(InputError, match="none of the 30 recordings can be read: .*not readable"):
-        load_quietly("esc50", tmp_path)
+        datasets.load_labelled("esc50", tmp_path)
 
 
 def test_too_many_hours_are_to_be_packed(tmp_path, monkeypatch):
@@ -1870,14 +1788,6 @@ def test_targets_and_members_say_the_same_as_the_labels():
     assert data.clips_by_class() == [[0], [1], [0, 3]]
     part = data.subset([3, 1])
     assert part.targets([0, 1]).tolist() == [[0, 0, 1], [0, 1, 0]] and part.waveform(0)[0] == 3
-
-
-def test_training_crops_have_the_seconds_asked_for():
-    data = labelled_set([(0,)])
-    clip = data.clips[0]._replace(samples=48_000, audio=np.arange(48_000, dtype=np.int16))
-    data = datasets.ClipSet([clip], data.classes, seconds=1.0)
-    crops, _ = data.batch([0] * 20, [np.random.default_rng(i) for i in range(20)])
-    assert crops.shape == (20, 16_000) and len(set(crops[:, 0].tolist())) > 10
 
 
 def test_fraction_keeps_all_classes_and_is_nested():
@@ -1901,7 +1811,7 @@ def test_fingerprint_tells_sets_apart():
 
 def parts(data, fold, *options):
     """The training and test set of these options, after a look that they share no clip and no group."""
-    training, test = finetune.split(data, fold, parse_finetune(*options))
+    training, test = finetune.split(data, fold, finetune.parse(options))
     assert not set(names(training)) & set(names(test)) and not set(training.groups) & set(test.groups)
     return training, test
 
@@ -1945,14 +1855,6 @@ def test_a_tenth_of_each_class_is_for_validation(classes, clips, clips_a_group, 
 # ------------------------------------------------------------------------- batches
 
 
-@pytest.mark.parametrize("count", [1, 2, 7, 64, 1000])
-def test_shuffled_is_a_permutation(count):
-    order = datasets.shuffled(count, 0, 0).tolist()
-    assert sorted(order) == list(range(count))
-    if count > 7:
-        assert order != sorted(order) and order != datasets.shuffled(count, 0, 1).tolist()
-
-
 def random_source(length):
     """Ten clips of random numbers, labelled so that an epoch has each once."""
     rng = np.random.default_rng(0)
@@ -1976,16 +1878,6 @@ def test_batches_do_not_depend_on_threads_processes_or_history(workers):
     assert all((row[n:] == 0).all() for row, n in zip(waveform, lengths, strict=True))
     shorter = next(datasets.batches(source, 4, 5, seed=3, workers=workers))     # padded to its own longest crop
     assert shorter[0].shape[1] == lengths.max() < 12 and torch.equal(shorter[1], lengths)
-
-
-def test_each_epoch_has_its_own_order_and_crops():
-    source = random_source(lambda i: 48_000)
-    source.seconds = 1.0
-    (first, _, order), (second, _, other) = datasets.batches(source, 10, 2, seed=3)
-    assert sorted(order) == sorted(other) == list(range(10)) and not np.array_equal(order, other)
-    assert not torch.equal(first[order.argsort()], second[other.argsort()])
-    (_, _, another), = datasets.batches(source, 10, 1, seed=4)
-    assert not np.array_equal(order, another)                   # and each seed
 
 
 def test_crops_are_those_with_which_the_readme_was_measured(tmp_path):
@@ -2099,13 +1991,6 @@ def test_tensorboard_gets_the_figures_of_the_log(pretrained, tmp_path, monkeypat
                                              code=2)
 
 
-def test_results_tell_the_minutes(tmp_path, monkeypatch, call):
-    monkeypatch.setattr(finetune, "time", clock(75.12))
-    table = write_table(tmp_path, "1.wav,a,train", "2.wav,b,train", "3.wav,a,test")
-    printed = call("finetune.py", "--data", "csv", "--root", table, "--updates", 1, "--out", tmp_path / "run")
-    assert result(tmp_path / "run")["minutes"] == 1.25 and "1.3 min" in printed     # 1.252
-
-
 def test_held_out_loss_is_that_of_recordings_never_trained_on(pretrained, monkeypatch):
     """And the same, whatever was before: masks are always the same."""
     (_, folder, *_), out = pretrained
@@ -2135,7 +2020,7 @@ def assert_same_run(one, other):
     """Two run folders hold the same weights, optimiser state and log, bit for bit."""
     for name in ("log.jsonl", "result.json"):
         logs = [[{key: value for key, value in json.loads(line).items()
-                  if key not in ("clips_per_second", "minutes", "args")}
+                  if key not in ("clips_per_second", "args")}
                  for line in (folder / name).read_text().splitlines()]
                 for folder in (one, other) if (folder / name).exists()]
         assert logs == [] or logs[0] == logs[1] and logs[0]
@@ -2167,14 +2052,14 @@ FULL = OSError(28, "No space left on device")
 
 
 @pytest.mark.parametrize("script, owner, name, counts, error", [
-    ("pretrain.py", pretrain, "learning_rate", (4, 17, 37), Killed),            # in updates 3, 12 and 26
+    ("pretrain.py", pretrain, "learning_rate", (4, 13, 19), Killed),            # in updates 3, 8 and 13
     ("pretrain.py", os, "replace", (3, 4), Killed),         # writing the second checkpoint; rewriting the log for a resume
     ("pretrain.py", os, "fsync", (3,), FULL),
     ("finetune.py", finetune, "three_stage_lr", (4, 5, 12, 21), Killed),        # in several of the five folds
     ("finetune.py", finetune, "compute_logits", (1, 3), Killed)])               # trained, not yet tested
 def test_an_interrupted_run_ends_as_if_it_had_not_been(pretrained, esc50, tmp_path, monkeypatch, call, script, owner,
                                                        name, counts, error):
-    options = [script, *pretrained[0], "--updates", 30, "--checkpoint-every", 7, "--log-every", 4]
+    options = [script, *pretrained[0], "--updates", 15, "--checkpoint-every", 4, "--log-every", 3]
     if script == "finetune.py":
         options = [script, *esc50, "--init", pretrained[1], "--fold", "all", "--fraction", 0.5, "--updates", 5,
                    "--checkpoint-every", 3, "--validate"]
@@ -2238,23 +2123,6 @@ def test_packs_and_checkpoints_of_another_frontend_are_refused(pretrained, tmp_p
     assert "'mels': 64" in message and "'mels': 1" in message
 
 
-def test_a_folder_has_one_writer(pretrained, tmp_path, call):
-    """Another process that resumes a run gets one line."""
-    ready, tell = os.pipe()
-    shutil.copytree(pretrained[1], tmp_path / "run")
-    holder = os.fork()
-    if holder == 0:
-        pretrain.claim(tmp_path / "run")
-        os.write(tell, b"claimed")
-        signal.pause()
-    os.read(ready, 1)
-    options = ["pretrain.py", *pretrained[0], "--out", tmp_path / "run", "--resume"]
-    assert "another process is writing there" in call(*options, code=2)
-    os.kill(holder, signal.SIGKILL)                             # which releases it
-    os.waitpid(holder, 0)
-    call(*options)
-
-
 # ------------------------------------------------------------------------- what is not finite, what collapses
 
 
@@ -2305,7 +2173,7 @@ def gradients(run):
 
 def test_gradients_do_not_depend_on_how_the_batch_is_split(pretrained, tmp_path, monkeypatch, call):
     """And are those of the mean loss over all masked steps, taken in one piece."""
-    options = [*pretrained[0], "--dropout", 0, "--updates", 1, "--max-grad-norm", 1e6]
+    options = [*pretrained[0], "--dropout", 0, "--updates", 1]
     with monkeypatch.context() as patch:
         calls = spy(patch, Wav2Vec2, "forward")
         call("pretrain.py", *options, "--out", tmp_path / "whole")
@@ -2314,13 +2182,18 @@ def test_gradients_do_not_depend_on_how_the_batch_is_split(pretrained, tmp_path,
     model = Wav2Vec2("tiny", **SMALL, dropout=0.0)
     model(*inputs).loss.backward()
     expected = torch.cat([p.grad.flatten() for p in model.parameters()])
-    assert expected.norm() > 0.1
+    assert expected.norm() > 1
+    expected /= expected.norm()                                 # longer gradients are scaled down
     call("pretrain.py", *options, "--micro-batch", 1, "--out", tmp_path / "passes of one clip")
     for processes in (2, 4):
         assert run_forked("pretrain.py", *options, "--out", tmp_path / f"{processes} processes",
                           processes=processes) == [0] * processes
+    logs = []
     for name in ("whole", "passes of one clip", "2 processes", "4 processes"):
         torch.testing.assert_close(gradients(tmp_path / name), expected, atol=1e-6, rtol=0)
+        (log,), _ = read_log(tmp_path / name)
+        logs.append({**log, "clips_per_second": 0})
+    assert all(log == pytest.approx(logs[0], rel=1e-4, abs=1e-6) for log in logs)
 
 
 def test_modules_of_a_block_can_be_left_out(pretrained, tmp_path, monkeypatch, call):
@@ -2330,17 +2203,6 @@ def test_modules_of_a_block_can_be_left_out(pretrained, tmp_path, monkeypatch, c
             patch.setattr(getattr(sys.modules["conformer"], dict(convolution="Convolution", attention="SelfAttention")[
                 name]), "forward", lambda self, x, padding_mask=None: torch.zeros_like(x))
             call("pretrain.py", *pretrained[0], "--updates", 2, "--out", tmp_path / name)
-
-
-def test_two_processes_train_as_one(pretrained, tmp_path, call):
-    """The same crops, masks and distractors, so but for dropout and rounding the same weights."""
-    options = [*pretrained[0], "--dropout", 0]
-    call("pretrain.py", *options, "--out", tmp_path / "one")
-    assert run_forked("pretrain.py", *options, "--out", tmp_path / "two", "--workers", 1, processes=2) == [0, 0]
-    for a, b in zip(read_log(tmp_path / "one")[0], read_log(tmp_path / "two")[0], strict=True):
-        for name in a.keys() - {"clips_per_second"}:
-            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-6), name
-    assert_close_weights(tmp_path / "one" / "checkpoint.pt", tmp_path / "two" / "checkpoint.pt")
 
 
 @pytest.mark.parametrize("fault", ["cut", "gone"])
@@ -2362,7 +2224,7 @@ def test_a_recording_that_can_not_be_read_ends_the_run_in_a_line(pretrained, tmp
 
 @soak
 def test_soak_compiled_training_is_the_same(pretrained, tmp_path):
-    options = [*pretrained[0], "--dropout", 0, "--updates", 1, "--max-grad-norm", 1e6]
+    options = [*pretrained[0], "--dropout", 0, "--updates", 1]
     for name, extra in (("eager", []), ("compiled", ["--compile"])):
         run("pretrain.py", *options, *extra, "--out", tmp_path / name)
     torch.testing.assert_close(gradients(tmp_path / "compiled"), gradients(tmp_path / "eager"), atol=1e-5, rtol=1e-4)
@@ -2405,7 +2267,7 @@ def test_folds_are_in_the_order_of_their_numbers():
 def test_a_set_with_one_side_only_is_refused(side, counts):
     data = labelled_set([(0,), (1,)], splits=[side] * 2)
     with pytest.raises(InputError, match=counts):
-        finetune.split(data, None, parse_finetune())
+        finetune.split(data, None, finetune.parse([]))
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
@@ -2430,7 +2292,7 @@ def test_compiled_blocks_are_evaluated_eagerly():
     for block in model.encoder.conformer.blocks:
         block.compile(backend=lambda graph, inputs: compiled.append(graph) or graph.forward)
     data = labelled_set([(0,)] * 3)
-    finetune.compute_logits(model, LogMel(), data, parse_finetune())
+    finetune.compute_logits(model, LogMel(), data, finetune.parse([]))
     assert not compiled
     model(torch.randn(2, 40, 64))
     assert compiled
@@ -2488,7 +2350,7 @@ def test_no_tensor_is_made_on_the_wrong_device(padded, monkeypatch):
     for head in (*finetune.POOLINGS, "frames"):
         classifier = finetune.Classifier(Wav2Vec2("tiny", **SMALL), 3, head).to(meta).train()
         logits = classifier(log_mel, padding)
-        finetune.compute_loss(logits, torch.empty(2, 3, device=meta), parse_finetune("--consistency", "2")).backward()
+        finetune.compute_loss(logits, torch.empty(2, 3, device=meta), finetune.parse(["--consistency", "2"])).backward()
         assert classifier.linear.weight.grad.device == meta
 
 
@@ -2500,7 +2362,7 @@ def test_fine_tuning_over_folds_from_a_checkpoint(pretrained, esc50, tmp_path, c
         out = tmp_path / f"run{number}"
         printed = call("finetune.py", *esc50, "--init", pretrained[1], "--fold", "all", "--fraction", 0.5, "--updates", 3,
                        "--validate", "--out", out, *options)
-        assert printed.count("mean accuracy over 5 folds") == 1 and printed.count(" on 6 validation clips; ") == 5
+        assert printed.count("mean accuracy over 5 folds") == 1 and printed.count(" on 6 validation clips") == 5
         found = [result(out / f"fold{fold}") for fold in range(1, 6)]
         assert [int(one["train"].split()[0]) for one in found] == [9] * 5 and found[0]["args"]["loss"] == (
             "bce" if number else "ce")
@@ -2529,7 +2391,7 @@ def test_logits_are_those_of_each_clip_alone_and_whole(monkeypatch):
     clips = [datasets.Clip("", ("a",), samples=len(x), audio=x) for x in waveforms]
     data = datasets.ClipSet(clips, ["a", "b", "c"], "accuracy", seconds=0.5)
     model, front = finetune.Classifier(Wav2Vec2("tiny", **SMALL), 3), LogMel()
-    logits = finetune.compute_logits(model, front, data, parse_finetune(), batch_seconds=2)
+    logits = finetune.compute_logits(model, front, data, finetune.parse([]), batch_seconds=2)
     model.eval()
     assert [tuple(waveform.shape) for _, (waveform, _) in calls] == [(2, 16_000), (3, 9_000)]
     for waveform, found in zip(waveforms, logits, strict=True):
@@ -2546,7 +2408,7 @@ def test_a_long_recording_is_scored_as_it_is_predicted(tmp_path, monkeypatch):
     data = datasets.ClipSet([datasets.Clip("", samples=len(waveform), audio=waveform)], list("abc"), "mAP")
     model, front = finetune.Classifier(Wav2Vec2("tiny", **SMALL), 3).eval(), LogMel()
     probabilities, _ = finetune.predict(tmp_path / "a.wav", model, front, "abc")
-    scored = finetune.compute_logits(model, front, data, parse_finetune())[0].sigmoid()
+    scored = finetune.compute_logits(model, front, data, finetune.parse([]))[0].sigmoid()
     assert [probabilities[name] for name in "abc"] == pytest.approx(scored.tolist(), abs=1e-4)
     with torch.no_grad():
         assert not torch.allclose(model.eval()(front(torch.from_numpy(waveform)[None]))[0].sigmoid(), scored, atol=1e-4)
@@ -2599,65 +2461,52 @@ def test_what_can_not_be_measured_is_found_before_the_first_update(tmp_path, mon
     assert "no mAP on 1 clips to test" in message and not steps
 
 
-def test_predict_says_what_the_model_says(finetuned, tmp_path, call):
-    for name, seconds in (("short.wav", 0.1), ("middle.flac", 3), ("long.mp3", 130)):
-        write_wav(tmp_path / name, seconds, 22_050, frequency=900)
-    sounds = [tmp_path / name for name in ("short.wav", "middle.flac", "long.mp3")]
-    printed = call("finetune.py", "--predict", *sounds, "--init", finetuned, "--json", "--threshold", 0.3)
-    short, middle, long = map(json.loads, printed.splitlines())
-    for line in (short, middle, long):                          # the most probable first, with four digits
-        assert list(line["probabilities"].values()) == sorted(line["probabilities"].values(), reverse=True)
-        assert max(len(str(value)) for value in line["probabilities"].values()) == len("0.1234")
-    model, frontend, classes = finetune.load_run(finetuned)
-    with torch.no_grad():
-        wave = torch.from_numpy(datasets.read_audio(sounds[1])[0])
-        frames = model.frame_logits(model.encoder.encode(frontend(wave[None]))[0])
-        expected = model(frontend(wave[None])).sigmoid()[0]
-    for name, value in zip(classes, expected.tolist(), strict=True):
-        assert middle["probabilities"][name] == pytest.approx(value, abs=1e-4)
-    heard = torch.zeros(frames.shape[1:], dtype=torch.bool)
-    for onset, offset, name in middle["events"]:
-        heard[round(onset / 0.08):round(offset / 0.08), classes.index(name)] = True
-    assert torch.equal(heard, frames[0].sigmoid() > 0.3) and heard.any()
-    assert len(short["probabilities"]) == 3 and max(offset for _, offset, _ in long["events"]) > 125
-    one = finetuned / "model.pt"
-    printed = call("finetune.py", "--predict", sounds[1], "--init", one, "--threshold", 0.3)
-    values, names = zip(*(line.split(maxsplit=1) for line in printed.splitlines()[1:4]), strict=True)
-    assert list(names) == list(middle["probabilities"])         # the most probable first
-    assert [float(value) for value in values] == pytest.approx(list(middle["probabilities"].values()), abs=1e-3)
-    onset, offset, name = middle["events"][0]
-    assert f"{onset:.2f} to" in printed and f"{offset:.2f} s  {name}" in printed
-    model.single_label = True                                   # as `load` makes a model of --loss ce
-    assert sum(finetune.predict(sounds[1], model, frontend, classes)[0].values()) == pytest.approx(1, abs=1e-3)
-
-
 @pytest.mark.parametrize("head", [*finetune.POOLINGS, "frames"])
-def test_a_long_recording_is_tagged_as_a_whole(tmp_path, head):
-    """Though only a part of it is in memory at a time; events may go on from one part into the next."""
-    write_wav(tmp_path / "a.wav", 70)
+def test_predict_says_what_the_model_says(tmp_path, monkeypatch, head):
+    """Of a recording that is heard in parts: pooled as a whole, and events may go on from one part into the next."""
+    write_wav(tmp_path / "a.wav", 3)
+    monkeypatch.setattr(finetune, "MINUTE", 1)
     model, front, classes = finetune.Classifier(Wav2Vec2("tiny", **SMALL), 3, head).eval(), LogMel(), list("abc")
-    x = finetune.encode_recording(tmp_path / "a.wav", model, front)[1][None]
+    waveform = torch.from_numpy(datasets.read_audio(tmp_path / "a.wav")[0])
     with torch.no_grad():
+        x = torch.cat([model.encoder.encode(front(part[None]))[0] for part in waveform.split(13 * 1280)], 1)
         expected = model.clip_logits(x).sigmoid()[0]
-        heard = model.frame_logits(x)[0].sigmoid() if head == "frames" else None
-    threshold = heard.median().item() if head == "frames" else 0.5
+        heard = model.frame_logits(x)[0].sigmoid() if head == "frames" else torch.tensor([0.5])
+    threshold = heard.median().item()
     probabilities, events = finetune.predict(tmp_path / "a.wav", model, front, classes, threshold)
-    assert [probabilities[name] for name in classes] == pytest.approx(expected.tolist(), abs=1e-3)
+    assert [probabilities[name] for name in classes] == pytest.approx(expected.tolist(), abs=1e-4)
+    assert list(probabilities.values()) == sorted(probabilities.values(), reverse=True)     # the most probable first
+    model.single_label = True                                   # as `load_run` makes a model of --loss ce
+    probabilities, _ = finetune.predict(tmp_path / "a.wav", model, front, classes)
+    assert sum(probabilities.values()) == pytest.approx(1, abs=1e-3)
     if head == "frames":
         rebuilt = torch.zeros(heard.shape, dtype=torch.bool)
         for onset, offset, name in events:
             rebuilt[round(onset / 0.08):round(offset / 0.08), classes.index(name)] = True
-        assert torch.equal(rebuilt, heard > threshold) and any(on < 36 < off for on, off, _ in events)
-        assert events == sorted(events)
+        assert torch.equal(rebuilt, heard > threshold) and events == sorted(events)
+        assert any(on < 1.04 < off for on, off, _ in events)
         write_wav(tmp_path / "b.wav", 0.1)                      # the second of two latents is longer than the sound
         assert finetune.predict(tmp_path / "b.wav", model, front, classes, 0.0)[1] == [(0.0, 0.1, c) for c in classes]
 
 
-def test_embeddings_of_any_run(finetuned, pretrained, tmp_path, call):
+def test_predictions_are_printed(finetuned, tmp_path, monkeypatch, call):
+    """The five most probable classes of each recording, and when each is heard."""
+    sounds = [tmp_path / "0.wav", tmp_path / "1.mp3"]
+    for k, sound in enumerate(sounds):
+        write_wav(sound, 1 + k, 22_050, frequency=900)
+    predictions = [({f"class {n}": 0.9876 - n / 10 for n in range(6)}, [(0.5, 12.25, "class 0")]), ({"dog": 0.5}, None)]
+    monkeypatch.setattr(finetune, "predict", lambda sound, *_: predictions[sounds.index(Path(sound))])
+    assert call("finetune.py", "--predict", *sounds, "--init", finetuned / "model.pt").splitlines() == [
+        str(sounds[0]), *(f"   0.{988 - 100 * n}  class {n}" for n in range(5)), "    0.50 to   12.25 s  class 0",
+        str(sounds[1]), "   0.500  dog"]
+
+
+def test_embeddings_of_any_run(finetuned, pretrained, tmp_path, monkeypatch, call):
     """Of the middle block, the first of two here; a long recording in equal parts."""
-    for i in range(2):
-        write_wav(tmp_path / f"{i}.wav", 1 + 70 * i, frequency=300 + 400 * i)
-    sounds = [tmp_path / f"{i}.wav" for i in range(2)]
+    monkeypatch.setattr(finetune, "MINUTE", 1)
+    sounds = [tmp_path / "0.wav", tmp_path / "1.wav"]
+    for k, sound in enumerate(sounds):
+        write_wav(sound, 1 + k, frequency=300 + 400 * k)
     for start, name in ((finetuned, "tuned"), (pretrained[1], "pretrained")):
         options = ["finetune.py", "--embed", *sounds, sounds[0], "--init", start, "--out", tmp_path / f"{name}.npy"]
         call(*options)
@@ -2666,47 +2515,20 @@ def test_embeddings_of_any_run(finetuned, pretrained, tmp_path, call):
         assert rows.shape == (3, 32) and np.array_equal(rows[0], rows[2])       # a row for each argument
         model, frontend, _ = finetune.load_run(start)
         encoder = getattr(model, "encoder", model)
-        short, long = (torch.from_numpy(datasets.read_audio(sound)[0])[None] for sound in sounds)
-        with torch.no_grad():
-            parts = [encoder.encode(frontend(wave), layer=1)[0][0] for wave in (short, *long.split(444 * 1280, 1))]
-        for row, x in zip(rows, (parts[0], torch.cat(parts[1:])), strict=False):
+        for row, sound in zip(rows, sounds, strict=False):
+            waveform = torch.from_numpy(datasets.read_audio(sound)[0])[None]
+            with torch.no_grad():
+                x = torch.cat([encoder.encode(frontend(part), layer=1)[0][0] for part in waveform.split(13 * 1280, 1)])
             np.testing.assert_allclose(row, torch.cat([x.mean(0), x.std(0, correction=0)]), atol=1e-3)
 
 
-@pytest.mark.parametrize("run", ["pretrained", "finetuned"])
-def test_a_run_has_the_hear_interface(run, request, tmp_path):
-    """As HEAR 2021 defines it; the embeddings are those of --embed."""
-    folder = request.getfixturevalue(run)
-    model = finetune.load_model(str(folder[1] if run == "pretrained" else folder))
-    assert isinstance(model, torch.nn.Module) and model.sample_rate == 16_000 and not model.training
-    assert (model.timestamp_embedding_size, model.scene_embedding_size) == (16, 32)
-    audio = 0.5 * torch.randn(3, 24_400).clamp(-1, 1)                   # 1.525 s, 76 frames
-    scenes, (x, times) = finetune.get_scene_embeddings(audio, model), finetune.get_timestamp_embeddings(audio, model)
-    assert scenes.shape == (3, 32) and x.shape == (3, 19, 16) and x.dtype == scenes.dtype == torch.float32
-    assert not x.requires_grad and torch.equal(times, (80 * torch.arange(19) + 30.0).expand(3, -1))
-    _, times = finetune.get_timestamp_embeddings(torch.randn(1, 17_120), model)         # 53 frames: one in the last
-    assert times[0, -2:].tolist() == [990, 1070]                        # not beyond the end
-    soundfile.write(tmp_path / "a.wav", audio[1].numpy(), 16_000, subtype="FLOAT")
-    inner, frontend, _ = finetune.load_run(folder[1] if run == "pretrained" else folder)
-    torch.testing.assert_close(scenes[1], torch.tensor(finetune.embed(tmp_path / "a.wav", inner, frontend)), atol=1e-4,
-                               rtol=1e-3)
-
-
-def test_a_cut_recording_is_used_and_said(finetuned, tmp_path, monkeypatch, capsys):
-    write_wav(tmp_path / "a.wav", 5)
-    (tmp_path / "a.wav").write_bytes((tmp_path / "a.wav").read_bytes()[:44 + 2 * 51_200])
-    for options in (["--predict", tmp_path / "a.wav"], ["--embed", tmp_path / "a.wav", "--out", tmp_path / "e.npy"]):
-        monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, options), "--init", str(finetuned)])
-        datasets.run_script(finetune.main)
-        assert f"{tmp_path / 'a.wav'}: ends after 3.2 of 5.0 s" in capsys.readouterr().err
-
-
-def test_one_bad_recording_does_not_cost_the_others(finetuned, tmp_path, call):
-    write_wav(tmp_path / "good.wav")
+def test_a_cut_recording_is_used_and_said_and_a_bad_one_does_not_cost_it(finetuned, tmp_path, call):
+    write_wav(tmp_path / "cut.wav", 5)
+    (tmp_path / "cut.wav").write_bytes((tmp_path / "cut.wav").read_bytes()[:44 + 2 * 51_200])
     (tmp_path / "bad.wav").write_text("no audio")
-    sounds = [tmp_path / "bad.wav", tmp_path / "good.wav"]
-    options = ["--init", finetuned, "--out", tmp_path / "e.npy"]
-    assert "bad.wav" in call("finetune.py", "--embed", *sounds, *options, code=2)
+    message = call("finetune.py", "--embed", tmp_path / "bad.wav", tmp_path / "cut.wav", "--init", finetuned,
+                   "--out", tmp_path / "e.npy", code=2)
+    assert "cut.wav: ends after 3.2 of 5.0 s\n" in message and "bad.wav: not readable" in message
     rows = np.load(tmp_path / "e.npy")
     assert rows.shape == (2, 32) and np.isnan(rows[0]).all() and np.isfinite(rows[1]).all()
 
@@ -2720,7 +2542,7 @@ def test_what_the_readme_imports_and_every_option_it_names_is_there():
         if (HERE / f"{module}.py").exists():
             assert all(hasattr(sys.modules[module], name) for name in names.split(", ")), (module, names)
     scripts = "".join((HERE / f"{name}.py").read_text() for name in ("pretrain", "finetune", "datasets"))
-    known = set(re.findall(r'"(--[a-z-]+)"', scripts)) | {f"--{name.replace('_', '-')}" for name in pretrain.SETTINGS}
+    known = set(re.findall(r'"(--[a-z-]+)"', scripts)) | {f"--{name.replace('_', '-')}" for name in Wav2Vec2("tiny").settings}
     of_others = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--max_restarts", "--rdzv_conf",
                  "--ipc", "--depth", "--logdir"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*[a-z]", text)) - known <= of_others
@@ -2772,7 +2594,7 @@ class Evil:
     ("pretrain.py", "--data nowhere", "nowhere"),
     ("pretrain.py", "--data EMPTY", "datasets.py pack"),
     ("pretrain.py", "--heads 7", "heads"),
-    ("pretrain.py", "--blocks 1000000000", "blocks must be 1 to 16384"),
+    ("pretrain.py", "--blocks 1000000000", "--blocks: must be 1 to 16384"),
     ("pretrain.py", "--batch-size 1000000000", "--batch-size"),
     ("pretrain.py", "--batch-size 0", "--batch-size"),
     ("pretrain.py", "--batch-size many", "invalid int value"),
@@ -2825,8 +2647,7 @@ def test_a_damaged_checkpoint_is_refused(pretrained, tmp_path):
         with pytest.raises(InputError, match="damaged, or not what it should be"):
             load_checkpoint(tmp_path)
     content = load_checkpoint(pretrained[1])
-    for change in (dict(settings=dict(size="tiny", colour="red")), dict(settings=dict(size="huge")),
-                   dict(settings=dict(size="tiny", blocks=10**9)), dict(model={})):
+    for change in (dict(settings=dict(size="tiny", colour="red")), dict(settings=dict(size="huge")), dict(model={})):
         with pytest.raises(InputError, match="damaged, or not what it should be"):
             pretrain.load_encoder(dict(content, **change))
 
@@ -2859,10 +2680,3 @@ def test_a_notebook_can_run_a_script(monkeypatch):
     """There stdout is no text file."""
     monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(write=len, flush=list))
     datasets.run_script(lambda: None)
-
-
-def test_a_model_with_an_unknown_head_is_refused(finetuned, tmp_path):
-    content = torch.load(finetuned / "model.pt", weights_only=True)
-    torch.save({**content, "head": "two"}, tmp_path / "a.pt")
-    with pytest.raises(InputError, match="no head"):
-        finetune.load_run(tmp_path / "a.pt")
