@@ -385,7 +385,7 @@ def audio_files(folder):
     if not recordings:
         raise InputError(f"{folder}: no recordings in it; other files: {kinds or 'none'}")
     if others:
-        say(f"{folder}: not used: {kinds} (ffmpeg makes .flac of what is sound)")
+        say(f"{folder}: not used: {kinds} (if one is sound, ffmpeg makes .flac of it)")
     return recordings
 
 

@@ -150,7 +150,7 @@ def compute_loss(logits, target, args):
     """The loss of V versions of the same clips (Sec. 4.2): logits (V B, C), target (B, C) -> scalar."""
     targets = target.repeat(len(logits) // len(target), 1)
     if args.loss == "ce":
-        loss = F.cross_entropy(logits, targets.argmax(1))
+        loss = F.cross_entropy(logits, targets)
     else:
         loss = F.binary_cross_entropy_with_logits(logits, targets)
     if args.consistency:
@@ -196,9 +196,6 @@ def main():
     device = init_distributed(args)
     init = load_checkpoint(args.init, "pretrain.py") if args.init else None
     data = load_labelled(args.data, args.root, args.workers)
-    if data.metric == "accuracy" and len(data.classes) < 2:
-        raise InputError(f"{args.data} has one class only, nothing to tell it from; is --root the folder above the "
-                         "classes?")
     single_label = all(len(own) == 1 for own in data.labels)
     if args.loss is None:       # the recipe leaves it to the labels
         args.loss = "ce" if single_label and args.head != "frames" else "bce"
@@ -273,6 +270,9 @@ def split(data, fold, args):
                          f"{'validate' if args.validate else 'test'} on: too few")
     training = data.subset(np.flatnonzero(training))
     test = data.subset(np.flatnonzero(test))
+    if data.metric == "accuracy" and sum(map(bool, training.clips_by_class())) < 2:
+        raise InputError(f"{args.data}: its training clips are all of one class, nothing to tell it from; is --root the "
+                         "folder above the classes?")
     if args.fraction < 1:
         training = training.fraction(args.fraction, args.seed)
     training.seconds = args.seconds

@@ -1179,7 +1179,7 @@ def test_what_the_system_left_is_no_recording_and_other_kinds_are_counted(tmp_pa
     (tmp_path / "in" / "again").symlink_to(tmp_path / "in")                 # links are followed once,
     (tmp_path / "in" / "9.wav").symlink_to(tmp_path / "nowhere")            # those to nowhere not at all
     assert [path.name for path in datasets.audio_files(tmp_path / "in")] == ["__1.wav", "2.wav", "1.wav"]
-    assert "not used: .m4a 2, .webm 1 (ffmpeg" in capsys.readouterr().out
+    assert "not used: .m4a 2, .webm 1 (if one is sound, ffmpeg" in capsys.readouterr().out
     write_wav(tmp_path / "real" / "1.wav")
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "a").symlink_to(tmp_path / "real")
@@ -1619,9 +1619,10 @@ def test_tables_that_can_not_be_right_are_refused(tmp_path, table, message):
         datasets.load_labelled("csv", tmp_path / "mine.csv")
 
 
-def test_a_table_of_one_class_is_refused(tmp_path, call):
-    table = write_table(tmp_path, "1.wav,a,train", "2.wav,a,test")
-    assert "one class only" in call("finetune.py", "--data", "csv", "--root", table, "--out", tmp_path / "run", code=2)
+@pytest.mark.parametrize("other", "ab")
+def test_training_on_one_class_is_refused(tmp_path, call, other):
+    table = write_table(tmp_path, "1.wav,a,train", f"2.wav,{other},test")
+    assert "all of one class" in call("finetune.py", "--data", "csv", "--root", table, "--out", tmp_path / "run", code=2)
 
 
 def test_every_label_that_two_recordings_have_is_tested(tmp_path):
