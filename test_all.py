@@ -223,28 +223,13 @@ def test_normalization_of_silence_divides_by_no_zero():
     assert front(torch.zeros(1, 16_000)).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("rates", [(44_100, 16_000), (48_000, 16_000), (8_000, 16_000),
-                                   (22_050, 16_000), (16_001, 16_000), (16_000, 44_100)])
-def test_resample_keeps_tones_and_their_time(rates):
-    """A tone comes out as the same tone at the new rate, to -60 dB, up to 90% of the band."""
-    source, target = rates
-    for share in (0.01, 0.5, 0.9):
-        f = share * min(rates) / 2
-        wave = torch.sin(2 * math.pi * f * torch.arange(source, dtype=torch.float64) / source)
-        out = resample(wave, source, target)
-        expected = torch.sin(2 * math.pi * f * torch.arange(target, dtype=torch.float64) / target)
-        assert len(out) == target
-        middle = slice(target // 4, 3 * target // 4)
-        error = (out - expected)[middle].square().mean().sqrt() / math.sqrt(0.5)
-        assert 20 * math.log10(error) < -80
-
-
-@pytest.mark.parametrize("source, target", [(44_100, 16_000), (8_000, 16_000), (48_000, 16_000), (11_025, 16_000)])
+@pytest.mark.parametrize("source, target", [
+    (44_100, 16_000), (8_000, 16_000), (48_000, 16_000), (11_025, 16_000), (16_001, 16_000), (16_000, 44_100)])
 def test_resample_is_the_definition(source, target):
     """Each output is the sum of all inputs, weighted by a windowed sinc that is centred on its own time."""
-    wave, lower = torch.randn(2000, dtype=torch.float64), min(1, target / source)
-    outputs = -(-2000 * target // source)
-    time = np.arange(outputs)[:, None] * source / target - np.arange(2000)          # (output, input), in input samples
+    wave, lower = torch.randn(700, dtype=torch.float64), min(1, target / source)
+    outputs = -(-700 * target // source)
+    time = np.arange(outputs)[:, None] * source / target - np.arange(700)           # (output, input), in input samples
     cutoff, end = lower * (1 - 72 / (2.285 * np.pi * 128) / 2), math.ceil(64 / lower) + 1
     beta = 0.1102 * (80 - 8.7)                          # Kaiser's formulas, for 80 dB
     window = np.i0(beta * np.sqrt((1 - (time / end) ** 2).clip(0))) / np.i0(beta) * (np.abs(time) < end)
@@ -1087,6 +1072,7 @@ REAL_FILES = {
     "cut flac": ("flac", {}, lambda b: b[:len(b) // 2], 2.6, r"ends after 2\.\d of 5.0 s"),
     "cut mp3": ("mp3", CONSTANT, lambda b: b[:len(b) // 2], 2.5, r"ends after 2\.\d of 5.0 s"),
     "cut ogg": ("ogg", {}, lambda b: b[:len(b) // 2], 2.4, r"ends after 2\.\d s, .*"),
+    "ogg that lacks a byte": ("ogg", {}, lambda b: b[:-1], 5, r"ends after 5\.0 s, 100% of the file"),
     "cut opus": ("opus", OPUS, lambda b: b[:len(b) // 2], 2.0, r"ends after 2\.0 s, .*"),
     "damaged flac": ("flac", {}, lambda b: with_bytes(b, len(b) // 2, bytes(300)), 2.5, r"ends after 2\.\d of 5.0 s"),
 }
@@ -1805,15 +1791,16 @@ def parts(data, fold, *options):
 
 
 def test_split_by_folds():
-    """And with --validate the next fold takes the place of the one to test on."""
-    data, tested = labelled_set([(0,), (1,)] * 20), []
-    for fold in "12345":
+    """In the order of their numbers; with --validate the next one takes the place of that to test on."""
+    data, tested = labelled_set([(0,), (1,)] * 24, splits=[str(i % 12 + 1) for i in range(48)]), []
+    assert finetune.folds_of(data) == [str(i) for i in range(1, 13)]
+    for fold in finetune.folds_of(data):
         training, test = parts(data, fold)
-        assert len(training) == 32 and set(test.splits) == {fold}
+        assert len(training) == 44 and set(test.splits) == {fold}
         tested += names(test)
         training, valid = parts(data, fold, "--validate")
-        assert len(training) == 24 and set(valid.splits) == {str(int(fold) % 5 + 1)} and fold not in training.splits
-    assert len(set(tested)) == 40
+        assert len(training) == 40 and set(valid.splits) == {str(int(fold) % 12 + 1)} and fold not in training.splits
+    assert len(set(tested)) == 48
 
 
 def test_split_without_folds():
@@ -2241,13 +2228,6 @@ def test_requirements_are_what_the_modules_import():
     imported = {re.match(r"(?:import|from) (\w+)", line)[1] for line in lines if re.match(r"(?:import|from) \w", line)}
     listed = {re.match(r"\w+", line)[0] for line in (HERE / "requirements.txt").read_text().splitlines()}
     assert imported - own - sys.stdlib_module_names == listed
-
-
-def test_folds_are_in_the_order_of_their_numbers():
-    data = labelled_set([(0,), (1,)] * 24, splits=[str(i % 12 + 1) for i in range(48)])
-    assert finetune.folds_of(data) == [str(i) for i in range(1, 13)]
-    assert set(parts(data, "9", "--validate")[1].splits) == {"10"}
-    assert finetune.folds_of(labelled_set([(0,)], splits=["train"])) == []
 
 
 @pytest.mark.parametrize("side, counts", [("train", "2 clips to train on and 0 to test on"),
