@@ -690,7 +690,9 @@ def hold_out(clips, every):
     labels = collections.defaultdict(set)                           # of each group
     for clip in clips:
         labels[clip.unit].update(clip.labels)
-    size = collections.Counter(label for own in labels.values() for label in own)       # groups of each label
+    size = collections.Counter()                                    # groups of each label
+    for own in labels.values():
+        size.update(own)
 
     def order(group):
         alone = any(size[label] == 1 for label in labels[group])
@@ -748,7 +750,7 @@ def read_tables(data, root):
         example = f", such as {named[0].name}" if named else ""
         raise InputError(f"{root}: none of the {len(named)} recordings of {data} is there{example}; ffmpeg makes .flac "
                          "of videos and .m4a")
-    classes = classes or sorted({label for clip in named for label in clip.labels})
+    classes = classes or sorted(set().union(*[clip.labels for clip in named]))
     if not classes:
         raise InputError(f"{root}: its clips have no labels")
     say_some("missing", [clip.name for clip in named if not clip.path], ", ")
