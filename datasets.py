@@ -75,10 +75,10 @@ class Clip(NamedTuple):
 class ClipSet:
     """Clips, labelled or not.
 
-    clips: N of `Clip`, decoded; classes: C names; metric: its name; seconds: of the longest crop.
+    clips: N of `Clip`, decoded; classes: C names; metric: its name; seconds: of the longest crop, for training.
     """
 
-    def __init__(self, clips, classes=(), metric=None, seconds=10.0):
+    def __init__(self, clips, classes=(), metric=None, seconds=None):
         self.clips, self.classes, self.metric, self.seconds = clips, classes, metric, seconds
         self.samples = np.array([clip.samples for clip in clips])
         self.groups = [clip.unit for clip in clips]
@@ -99,8 +99,9 @@ class ClipSet:
         With `generators`, a random one of numpy's for each, clips longer than `seconds` are cut to a random crop. S is
         `samples`, or the longest length. With a GPU the waveform lies in pinned memory, which is copied there faster.
         """
-        longest = round(self.seconds * SAMPLE_RATE)
-        lengths = np.minimum(self.samples[numbers], longest) if generators else self.samples[numbers]
+        lengths = self.samples[numbers]
+        if generators:
+            lengths = np.minimum(lengths, round(self.seconds * SAMPLE_RATE))
         shape = len(numbers), samples or lengths.max()
         if torch.cuda.is_available():
             waveform = torch.empty(shape, dtype=torch.int16, pin_memory=True)

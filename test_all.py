@@ -874,7 +874,7 @@ def labelled_set(labels, classes=None, splits=None, groups=None):
     clips = [datasets.Clip(str(i), tuple("abcdefg"[c] for c in own), split, group, samples=10,
                            audio=np.full(10, i, np.int16))
              for i, (own, split, group) in enumerate(zip(labels, splits, groups, strict=True))]
-    return datasets.ClipSet(clips, "abcdefg"[:classes or 1 + max(c for own in labels for c in own)], "accuracy")
+    return datasets.ClipSet(clips, "abcdefg"[:classes or 1 + max(c for own in labels for c in own)], "accuracy", 10.0)
 
 
 def test_balanced_draws_each_class_equally_often_and_all_its_clips():
@@ -1835,7 +1835,7 @@ def random_source(length):
     rng = np.random.default_rng(0)
     clips = [datasets.Clip(str(i), ("a",), samples=length(i), audio=rng.integers(-9, 9, length(i)).astype(np.int16))
              for i in range(10)]
-    return datasets.ClipSet(clips, ["a"])
+    return datasets.ClipSet(clips, ["a"], seconds=10.0)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2, 8])
