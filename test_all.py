@@ -4,11 +4,8 @@ Every formula is compared with numpy or plain Python that says what it means. Th
 temporary folders: as a user runs them where processes, signals and kills matter, else within the tests' process.
 """
 import contextlib
-import functools
 import hashlib
-import importlib.util
 import inspect
-import io
 import itertools
 import json
 import math
@@ -21,7 +18,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import types
 from collections import namedtuple
 from pathlib import Path
@@ -1612,7 +1608,7 @@ def test_training_on_one_class_is_refused(tmp_path, call, other):
 def test_every_label_that_two_recordings_have_is_tested(tmp_path):
     """13 of them, of which each recording has two: it counts for the rarer one."""
     rows = [f"{i}.wav,{'abcdefghijklm'[i % 13]};{'abcdefghijklm'[i * i % 13]}" for i in range(60)]
-    data = datasets.load_labelled("csv", write_table(tmp_path, *rows, columns=" file , labels "))         # blanks are harmless
+    data = datasets.load_labelled("csv", write_table(tmp_path, *rows, columns=" file , labels "))   # blanks are harmless
     tested = data.targets(np.flatnonzero(data.splits == "test")).sum(0)
     trained = data.targets(np.flatnonzero(data.splits == "train")).sum(0)
     assert len(data.classes) == 13 and (tested > 0).all() and (trained > 0).all()
@@ -1714,7 +1710,7 @@ def test_names_of_audioset_clips(tmp_path, form):
     assert names(data) == ["-0RWZT-miFb"] and data.labels == [[0, 1]] and data.clips[0].samples == 16_000
     os.remove(tmp_path / f"{form.format('-0RWZT-miFb')}.wav")
     shutil.rmtree(tmp_path / "whole videos", ignore_errors=True)
-    with pytest.raises(InputError, match="none of the 12 recordings of audioset-balanced is there, such as -0RWZT-miFb; ffmpeg"):
+    with pytest.raises(InputError, match="none of the 12 recordings .* is there, such as -0RWZT-miFb; ffmpeg"):
         datasets.load_labelled("audioset-balanced", tmp_path)
 
 
@@ -1819,7 +1815,8 @@ def test_a_tenth_of_each_class_is_for_validation(classes, clips, clips_a_group, 
     """None of the test clips is touched."""
     count = classes * clips
     labels = [(i // clips_a_group % classes,) for i in range(count)]
-    clips = [datasets.Clip(str(i), (str(own[0]),), "train", str(i // clips_a_group), samples=10) for i, own in enumerate(labels)]
+    clips = [datasets.Clip(str(i), (str(own),), "train", str(i // clips_a_group), samples=10)
+             for i, (own,) in enumerate(labels)]
     clips += [datasets.Clip(f"test{i}", ("0",), "test", samples=10) for i in range(5)]
     data = datasets.ClipSet(clips, [str(c) for c in range(classes)], "accuracy")
     training, valid = parts(data, None, "--validate")
@@ -2212,7 +2209,8 @@ def test_processes_that_found_another_checkpoint_or_other_data_are_refused(pretr
     for number in range(2):
         (tmp_path / str(number)).mkdir()
         if updates or number == 0:
-            torch.save(dict(update=6, script="pretrain.py", args={}, data="same", log_mels=LOG_MELS), tmp_path / str(number) / "checkpoint.pt")
+            torch.save(dict(update=6, script="pretrain.py", args={}, data="same", log_mels=LOG_MELS),
+                       tmp_path / str(number) / "checkpoint.pt")
 
     def start(rank):
         os.environ.update(RANK=str(rank), WORLD_SIZE="2")
@@ -2510,7 +2508,8 @@ def test_what_the_readme_imports_and_every_option_it_names_is_there():
         if (HERE / f"{module}.py").exists():
             assert all(hasattr(sys.modules[module], name) for name in names.split(", ")), (module, names)
     scripts = "".join((HERE / f"{name}.py").read_text() for name in ("pretrain", "finetune", "datasets"))
-    known = set(re.findall(r'"(--[a-z-]+)"', scripts)) | {f"--{name.replace('_', '-')}" for name in Wav2Vec2("tiny").settings}
+    known = set(re.findall(r'"(--[a-z-]+)"', scripts))
+    known |= {f"--{name.replace('_', '-')}" for name in Wav2Vec2("tiny").settings}
     of_others = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--max_restarts", "--rdzv_conf",
                  "--ipc", "--depth", "--logdir"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*[a-z]", text)) - known <= of_others
