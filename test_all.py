@@ -709,6 +709,10 @@ def test_defaults_are_the_papers():
     assert (args.batch_size, args.head, args.balance) == (640, "frames", True)
     assert set(args.augment) == {"jitter", "time_mask", "mixup"} and args.consistency == 2 and args.loss == "bce"
     assert finetune.parse(["--data", "magnatagatune"]).batch_size == 64
+    for data, updates, seconds in (("synth", 1000, 5), ("esc10", 400, 3)):              # with which the README was measured
+        args = finetune.parse(["--data", data])
+        assert (args.updates, args.seconds, args.batch_size, args.lr) == (updates, seconds, 16, 1e-3)
+        assert (args.head, args.augment, args.consistency, args.head_dropout) == ("stats", ["jitter"], 0, 0.1)
 
 
 def test_help_tells_the_defaults(capsys):
