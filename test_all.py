@@ -2240,7 +2240,7 @@ def test_a_set_with_one_side_only_is_refused(side, counts):
         finetune.split(data, None, finetune.parse([]))
 
 
-def test_more_processes_than_gpus_are_refused(monkeypatch):
+def test_the_best_device_is_found_and_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert datasets.find_device() == torch.device("cuda", 0)            # without torchrun
@@ -2250,6 +2250,11 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(InputError, match="this torch has none, or not for 3 processes"):
         datasets.find_device()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert datasets.find_device() == torch.device("cpu")                # a Mac's GPU is for one process
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert datasets.find_device() == torch.device("mps")
 
 
 def test_attention_by_cudnn_is_off_wherever_there_is_a_model():
