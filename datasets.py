@@ -155,10 +155,10 @@ class ClipSet:
         return self.subset(sorted(keep))
 
     def digest(self):
-        """A hash of the clips' names, labels and lengths and, as crops depend on it, their order."""
+        """A hash of the clips' names, splits, groups, labels and lengths and, as crops depend on it, their order."""
         digest = hashlib.sha256()
         for clip in self.clips:
-            line = f"{clip.name} {clip.split} {sorted(clip.labels)} {clip.samples}\n"
+            line = f"{clip.name} {clip.split} {clip.group} {sorted(clip.labels)} {clip.samples}\n"
             digest.update(line.encode(errors="backslashreplace"))
         return digest.hexdigest()
 
@@ -211,6 +211,8 @@ def decode(path, notes):
     file, content, promised = open_audio(path)
     with content, file:
         rate = file.samplerate
+        if not 1000 <= rate <= 768_000:                         # of a damaged header
+            raise InputError(f"{path}: a sample rate of {rate} Hz can't be right")
         # Else soundfile seeks after each read, and an MP3's decoder loses bits that were kept in the frames before.
         file.seekable = lambda: False
         samples = 0
@@ -265,8 +267,8 @@ def open_audio(path):
             return soundfile.SoundFile(content), content, None
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
-    except soundfile.LibsndfileError as error:
-        raise InputError(f"{path}: not readable as audio ({error.error_string})") from None
+    except (soundfile.LibsndfileError, TypeError) as error:         # TypeError: of a name that ends in .raw
+        raise InputError(f"{path}: not readable as audio ({getattr(error, 'error_string', error)})") from None
     if file.frames > 2**40:
         return file, content, None
     # Of a file that is too short libsndfile logs both lengths.
@@ -321,7 +323,8 @@ def try_to_read(path):
 
 def read_clips(clips, skipped, workers=None):
     """Decode clips on all cores, with a progress bar: yields (clip, waveform) of those that can be read, in order.
-    `skipped`, a list, gets a line for each of the others. Raises InputError where a file is in two splits."""
+    `skipped`, a list, gets a line for each of the others. Raises InputError where a file is in two splits, and where
+    none can be read."""
     workers = torch.get_num_threads() if workers is None else workers
     results = in_threads(try_to_read, [clip.path for clip in clips], workers)
     results = progress(results, "decode", total=len(clips), unit=" files")
@@ -333,6 +336,8 @@ def read_clips(clips, skipped, workers=None):
             skipped.append(f"{clip.name}: {note}")
         else:
             yield clip._replace(path=None, samples=len(waveform), note=note), waveform
+    if len(skipped) == len(clips):
+        raise InputError(f"none of the {len(clips)} recordings can be read: {skipped[0]}, ...")
 
 
 def read_own(clips, skipped, workers=None):
@@ -396,9 +401,10 @@ def pack(clips, out, header, workers=None):
     what was skipped, then a line for each clip. The folder is there once it is complete. Raises InputError where it is
     there already.
     """
-    if Path(out).exists():
+    out = Path(out)
+    if out.exists():
         raise InputError(f"{out}: exists already; name a new folder")
-    part = Path(f"{out}.part")
+    part = out.with_name(f"{out.name}.packing")
     shutil.rmtree(part, ignore_errors=True)         # of a packing that was interrupted
     part.mkdir(parents=True)
     packed, skipped = [], []
@@ -506,11 +512,11 @@ class Files:
 def read_table(path, columns, delimiter=",", optional=()):
     """Rows of a CSV file with a header line, as dictionaries. Raises InputError for a missing file, and for a column
     that is missing or there twice."""
-    with reading(path, "is it a table, and is --data right?"), open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, delimiter=delimiter)
+    with reading(path, "is it a table in UTF-8, and is --data right?"), open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file, delimiter=delimiter, strict=True)
         reader.fieldnames = names = [name.strip() for name in reader.fieldnames or ["none"]]
         if missing := [name for name in columns if name not in names]:
-            raise InputError(f"{path}: no column {', '.join(missing)}; it has {', '.join(names)}, separated by "
+            raise InputError(f"{path}: no column {', '.join(missing)} among {', '.join(names)}; columns are separated by "
                              f"{'tabs' if delimiter != ',' else 'commas'}")
         if twice := [name for name in (*columns, *optional) if names.count(name) > 1]:
             raise InputError(f"{path}: the column {twice[0]} is there twice")

@@ -29,7 +29,7 @@ import augment
 import metrics
 from conformer import BatchNorm
 from datasets import (READERS, InputError, Parser, batches, derive_seed, find_device, hold_out, in_range, load_labelled,
-                      progress, rank, read_audio, reading, run_script, say, world_size, write_whole)
+                      progress, rank, read_audio, reading, run_script, say, say_some, world_size, write_whole)
 from frontend import HOP, SAMPLE_RATE, LogMel, frame_count, padding_mask
 from pretrain import (add_running_options, all_reduce, autocast, compile_blocks, fetch, init_distributed, leave,
                       load_checkpoint, load_encoder, resume, save_checkpoint, step_if_finite, training_bar)
@@ -217,15 +217,15 @@ def run(args, data, fold, init, device, out):
     measure(data.metric, torch.zeros(len(test), len(data.classes)), test)           # finds out early if it has no answer
     digest = data.digest()
     checkpoint = resume(args, out, "finetune.py", digest)
-    if (out / "result.json").exists():
+    if checkpoint and (out / "result.json").exists():
         score = json.loads((out / "result.json").read_text())["score"]
         say(f"{out}: {data.metric} {score:.3f}, as it was")
         return score
     model, frontend = build(args, training, init, device)
     train(model, frontend, training, args, out, digest, checkpoint)
+    score = measure(data.metric, compute_logits(model, frontend, test, args), test)
     save_checkpoint(out / "model.pt", model, frontend, settings=model.encoder.settings, classes=data.classes,
                     head=args.head, script="finetune.py", args=vars(args))
-    score = measure(data.metric, compute_logits(model, frontend, test, args), test)
     result = dict(metric=data.metric, score=score, train=training.fingerprint(), test=test.fingerprint(),
                   args=vars(args))
     kind = "validation clips" if args.validate else "clips"
@@ -273,6 +273,9 @@ def split(data, fold, args):
                          "folder above the classes?")
     if args.fraction < 1:
         training = training.fraction(args.fraction, args.seed)
+    for part, word in ((training, "trained on"), (test, "tested")):
+        missing = [name for name, clips in zip(data.classes, part.clips_by_class(), strict=True) if not clips]
+        say_some(f"never {word}", missing, ", ")
     training.seconds = args.seconds
     return training, test
 
@@ -442,7 +445,7 @@ def load_run(run, device="cpu"):
         model, frontend = load_encoder(content)
         return model.to(device).eval(), frontend.to(device), []
     if "classes" not in content:
-        raise InputError(f"{path}: its training has not come to its end: continue it by --resume")
+        raise InputError(f"{path}: is no finished model: name the run's folder, or continue the run by --resume")
     with reading(path, "name the run's folder, or a model in it"):
         classes, frontend = content["classes"], LogMel()
         encoder = Wav2Vec2(**content["settings"])

@@ -191,8 +191,9 @@ class Log:
         self.last_update, self.last_time = done, time.perf_counter()
         self.warned = False
         if rank() == 0:
-            lines = self.path.read_text().splitlines(True) if done else []
-            kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["update"] <= done]
+            lines = self.path.read_text().splitlines(True) if done and self.path.exists() else []
+            whole = [line for line in lines if line.startswith("{") and line.endswith("}\n")]
+            kept = [line for line in whole if json.loads(line)["update"] <= done]
             write_whole(self.path, "".join(kept).encode())
             if args.tensorboard:
                 with reading("--tensorboard", "pip install tensorboard"):
@@ -379,7 +380,7 @@ def load_checkpoint(run, script=None):
     """
     path = Path(run)
     path = path / "checkpoint.pt" if path.is_dir() else path
-    with reading(path, "use another checkpoint"):
+    with reading(path, "name the folder of a run (after --fold all, of a fold)"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         written_by = checkpoint["script"]
         log_mels = checkpoint.get("log_mels")

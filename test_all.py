@@ -1136,15 +1136,17 @@ def bad_files(folder):
     (folder / "text.wav").write_text("this is no audio")
     (folder / "nothing.wav").write_bytes(b"")
     soundfile.write(folder / "empty.wav", np.zeros(0), 16_000)
+    soundfile.write(folder / "rate.wav", np.ones(100), 7)
     soundfile.write(folder / "nan.wav", np.full(16_000, np.nan), 16_000, subtype="FLOAT")
     write_wav(folder / "cut.flac")
     (folder / "cut.flac").write_bytes((folder / "cut.flac").read_bytes()[:300])
     return {"text.wav": "not readable", "nothing.wav": "not readable", "empty.wav": "no sound", "nan.wav": "not finite",
-            "cut.flac": "no sound in it .*lost sync", "missing.wav": "No such file"}
+            "rate.wav": "can't be right", "cut.flac": "no sound in it .*lost sync", "missing.wav": "No such file"}
 
 
 def test_bad_files_are_named_with_their_fault(tmp_path, monkeypatch):
-    words = bad_files(tmp_path)
+    words = {**bad_files(tmp_path), "a.raw": "not readable"}
+    (tmp_path / "a.raw").write_bytes(bytes(100))
     for name, word in words.items():
         with pytest.raises(InputError, match=f"{name}.*{word}"):
             datasets.read_audio(tmp_path / name)
@@ -1226,7 +1228,7 @@ def test_pack_keeps_every_good_file_and_lists_the_bad(tmp_path, call):
     shutil.copy(tmp_path / "in" / "0" / "0.wav", tmp_path / "in" / "copy.wav")
     command = ["datasets.py", "pack", tmp_path / "in", tmp_path / "out"]
     printed = call(*command)
-    assert "5 recordings" in printed and "6 skipped" in printed and "copy.wav: the same sound as 0/0.wav" in printed
+    assert "5 recordings" in printed and "7 skipped" in printed and "copy.wav: the same sound as 0/0.wav" in printed
     assert all(f"bad/{name}: " in printed for name in bad if name != "missing.wav")
     packed, _ = datasets.open_pack(tmp_path / "out")
     assert [clip.name for clip in packed] == ["0/0.wav", "0/2.wav", "0/4.wav", "1/1.wav", "1/3.wav"]
@@ -1249,6 +1251,7 @@ def test_a_killed_pack_is_not_there_and_the_same_command_packs_anew(tmp_path, ca
         with pytest.raises(Killed):
             call(*command)
     assert not (tmp_path / "out").exists()
+    command[3] = f"{tmp_path / 'out'}/"
     assert "3 recordings" in call(*command) and sorted(os.listdir(tmp_path)) == ["in", "out"]
 
 
@@ -1511,9 +1514,13 @@ def test_each_data_set_is_trained_on_as_it_lies_on_disk(tmp_path, name, call):
     ("folder", "data", "stats", "ce"), ("folder", "data", "frames", "bce"), ("csv", "data/mine.csv", "stats", "bce")])
 def test_own_sets_get_cross_entropy_where_a_clip_has_one_label(tmp_path, name, root, head, loss, call):
     MINIATURES[name](tmp_path / "data")
-    call("finetune.py", "--data", name, "--root", tmp_path / root, "--head", head, "--updates", 1, "--batch-size", 4,
-         "--out", tmp_path / "run")
+    options = ["finetune.py", "--data", name, "--root", tmp_path / root, "--head", head, "--updates", 1, "--batch-size", 4,
+               "--out", tmp_path / "run", "--resume"]
+    call(*options)
     assert result(tmp_path / "run")["args"]["loss"] == loss
+    assert "as it was" in call(*options)
+    (tmp_path / "run" / "checkpoint.pt").unlink()               # then nothing tells of what data the score is
+    assert "as it was" not in call(*options)
 
 
 def test_labels_of_the_data_sets(tmp_path):
@@ -1584,13 +1591,14 @@ REFUSED = [     # a table, and what is said of it
     (SPLIT + "1.wav,,train\n2.wav,,test", "its clips have no labels"),
     (SPLIT + "1.wav,a,²\n2.wav,b,1", "split must be train"),
     (SPLIT + "1.wav,a,train\n2.wav,b,", "of all clips, not .none., train"),
-    (SPLIT.replace(",", ";") + "1.wav;a;train", "no column file, labels; it has file;labels;split, separated by commas"),
+    (SPLIT.replace(",", ";") + "1.wav;a;train", "no column file, labels among file;labels;split; .* commas"),
     ("file,labels\n1.wav,a\n2.wav,b", "no class has two recordings"),
     ("file,labels\n1.wav,\"['dog', 'x']\"", "looks like a list that was printed: separate labels by ;"),
     ("file,labels,labels\n1.wav,a,b", "the column labels is there twice"),
     ("file,labels,split,split\n1.wav,a,b,", "the column split is there twice"),
     ('file,labels\n\n1.wav,"a\nb"\n2.wav\n', "line 5 has too few columns"),     # counting blank lines and line breaks
     ("file,labels\n1.wav,a,b,c\n", "line 2 has too many columns"),
+    ('file,labels\n1.wav,"a\n2.wav,b\n', "mine.csv: damaged, .*unexpected end of data"),
     ("file,labels\n" + "x" * 200_000 + ",a\n", "mine.csv: damaged"),
     ("file,labels\n\udcff\udcfe.wav,a\n", "mine.csv: damaged"),
     ("", "mine.csv: no column file, labels")]
@@ -1749,6 +1757,14 @@ def test_recordings_too_short_to_learn_from_are_counted(tmp_path, capsys):
     assert "2 of 4 recordings are left out: shorter than a second" in capsys.readouterr().out
 
 
+def test_a_set_of_which_nothing_can_be_read_is_refused(tmp_path):
+    for name in ("a/1.wav", "b/2.wav"):
+        write_wav(tmp_path / name)
+        (tmp_path / name).write_text("not audio")
+    with pytest.raises(InputError, match="none of the 2 recordings can be read: a/1.wav: not readable"):
+        datasets.load_labelled("folder", tmp_path)
+
+
 def test_too_many_hours_are_to_be_packed(tmp_path, monkeypatch):
     mini_folder(tmp_path)
     monkeypatch.setattr(datasets, "IN_MEMORY", 5 / 3600)
@@ -1781,6 +1797,7 @@ def test_fingerprint_tells_sets_apart():
     assert labelled_set([(0,), (1,), (1,), (0,)]).fingerprint() == data.fingerprint()
     assert labelled_set([(0,), (1,), (0,), (0,)]).fingerprint() != data.fingerprint()
     assert data.subset([0, 1, 2]).fingerprint() != data.fingerprint()
+    assert labelled_set([(0,), (1,), (1,), (0,)], groups=["", "x", "", ""]).fingerprint() != data.fingerprint()
 
 
 def parts(data, fold, *options):
@@ -1808,6 +1825,11 @@ def test_split_without_folds():
     assert [len(part) for part in parts(data, None)] == [30, 6]
     training, valid = parts(data, None, "--validate")
     assert len(training) == 30 and set(valid.splits) == {"valid"}
+
+
+def test_classes_that_are_not_trained_on_or_not_tested_are_said(capsys):
+    parts(labelled_set([(0,), (1,), (1,), (2,)], splits=["train", "train", "test", "test"]), None)
+    assert capsys.readouterr().out == "never trained on: c\nnever tested: a\n"
 
 
 @pytest.mark.parametrize("classes, clips, clips_a_group, held_out", [
@@ -2050,7 +2072,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(pretrained, esc50, tmp_pa
                 assert "No space left on device" in call(*options, "--out", tmp_path / "run", code=2)
     if script == "pretrain.py":
         with open(tmp_path / "run" / "log.jsonl", "a") as log:
-            log.write('{"update": 2')                           # the last line may be incomplete
+            log.write('\0}\n{"update": 2')                      # the last lines may be damaged, or incomplete
     call(*options, "--out", tmp_path / "run", "--resume")
     folders = {path.parent.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.pt")}
     assert len(folders) == (1 if script == "pretrain.py" else 5)
@@ -2066,6 +2088,7 @@ def test_another_number_of_processes_resumes(pretrained, tmp_path, monkeypatch, 
         interrupt(patch, pretrain, "learning_rate", (4,))
         assert run_forked("pretrain.py", *options, "--out", tmp_path / "run", processes=2) == [1, 1]
     assert load_checkpoint(tmp_path / "run")["update"] == 2
+    (tmp_path / "run" / "log.jsonl").unlink()                   # which nothing depends on
     call("pretrain.py", *options, "--out", tmp_path / "run", "--resume")
     assert_close_weights(tmp_path / "whole" / "checkpoint.pt", tmp_path / "run" / "checkpoint.pt")
 
