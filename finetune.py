@@ -525,11 +525,6 @@ def predict(path, model, frontend, classes, threshold=0.5):
 # ours                  0.671 / 0.593      0.942 / 0.889  0.798 / 0.700  0.860 / 0.813
 # the paper's           0.526 / 0.508      0.808 / 0.728  0.697 / 0.677  0.785 / 0.753
 # twice the updates     0.679 / 0.602      0.955 / 0.921  0.778 / 0.740  0.853 / 0.838
-# With a third of the labels, two draws, pre-training on 13 hours of other sounds gains 0.056 on ESC-10 and 0.024 on ten
-# instruments (FSDKaggle2018), and loses 0.039 on ten drums (Hydrogen, others). Spans of 5 latents there, in place of 3:
-# frozen embeddings (mean of the three sets) 0.765, not 0.743, without pre-training 0.748; fine-tuned on 90 clips of synth
-# (five draws, deviation 0.05) 0.657, not 0.682, from scratch 0.581.
-# ESC-10 in crops of 5 s, three draws: 0.771 / 0.737 and 0.863 / 0.824; ours 0.761 / 0.718 and 0.863 / 0.823.
 DEFAULTS = dict(updates=2000, batch_size=32, lr=5e-4, seconds=10.0, head="mean", head_dropout=0.1,
                 balance=False, augment=["jitter", "time_mask", "mixup"], consistency=2.0, loss="bce",
                 checkpoint_every=500)
