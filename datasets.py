@@ -127,6 +127,11 @@ class ClipSet:
             row[self.labels[i]] = 1
         return dense
 
+    @property
+    def single_label(self):
+        """Whether each clip has one label."""
+        return all(len(clip.labels) == 1 for clip in self.clips)
+
     def clips_by_class(self):
         """For each class, the numbers of the clips that have it: C lists."""
         clips = [[] for _ in self.classes]
@@ -134,6 +139,10 @@ class ClipSet:
             for c in own:
                 clips[c].append(i)
         return clips
+
+    def missing_classes(self):
+        """Names of the classes that no clip has."""
+        return [name for name, clips in zip(self.classes, self.clips_by_class(), strict=True) if not clips]
 
     def fraction(self, fraction, seed):
         """A random part of the clips, drawn class by class so that no class is lost.
@@ -380,9 +389,13 @@ def walk(folder):
 def audio_files(folder):
     """All recordings below a folder, sorted. Says how many files have other endings. Raises InputError where there are
     no recordings."""
-    files = walk(folder)
-    recordings = [path for path in files if path.suffix.lower() in AUDIO]
-    others = collections.Counter(path.suffix or "no ending" for path in files if path.suffix.lower() not in AUDIO)
+    recordings, others = [], collections.Counter()
+    for path in walk(folder):
+        ending = path.suffix.lower()
+        if ending in AUDIO:
+            recordings.append(path)
+        else:
+            others[ending or "no ending"] += 1
     kinds = ", ".join(f"{ending} {count}" for ending, count in others.most_common(5))
     if not recordings:
         raise InputError(f"{folder}: no recordings in it; other files: {kinds or 'none'}")
@@ -791,8 +804,10 @@ def load_labelled(data, root=None, workers=None):
                                  f"first python datasets.py pack {root} OUT --data {data}, then --root OUT")
         if data in OWN:
             clips = settle_splits(clips)
-    one_label = all(len(clip.labels) == 1 for clip in clips)
-    result = ClipSet(clips, header["classes"], READERS[data][1] or ("accuracy" if one_label else "mAP"))
+    _, metric = READERS[data]
+    result = ClipSet(clips, header["classes"], metric)
+    if metric is None:
+        result.metric = "accuracy" if result.single_label else "mAP"
     hours = sum(clip.samples for clip in clips) / SAMPLE_RATE / 3600
     say(f"{data}: {len(result)} clips, {hours:.2f} hours; {header['missing']} missing, {len(skipped)} skipped; "
         f"scored by {result.metric}")

@@ -196,10 +196,9 @@ def main():
     device = init_distributed(args)
     init = load_checkpoint(args.init, "pretrain.py") if args.init else None
     data = load_labelled(args.data, args.root, args.workers)
-    single_label = all(len(own) == 1 for own in data.labels)
     if args.loss is None:       # the recipe leaves it to the labels
-        args.loss = "ce" if single_label and args.head != "frames" else "bce"
-    if args.loss == "ce" and not single_label:
+        args.loss = "ce" if data.single_label and args.head != "frames" else "bce"
+    if args.loss == "ce" and not data.single_label:
         raise InputError(f"--loss ce is for one label a clip; in {args.data} some have more or none: use bce")
     start = f"from {args.init}" if init else f"{args.size or 'tiny'} from scratch"
     say(f"on {device} x {world_size()}; {start}")
@@ -268,14 +267,14 @@ def split(data, fold, args):
                          f"{'validate' if args.validate else 'test'} on: too few")
     training = data.subset(np.flatnonzero(training))
     test = data.subset(np.flatnonzero(test))
-    if data.metric == "accuracy" and sum(map(bool, training.clips_by_class())) < 2:
-        raise InputError(f"{args.data}: its training clips are all of one class, nothing to tell it from; is --root the "
-                         "folder above the classes?")
     if args.fraction < 1:
         training = training.fraction(args.fraction, args.seed)
-    for part, word in ((training, "trained on"), (test, "tested")):
-        missing = [name for name, clips in zip(data.classes, part.clips_by_class(), strict=True) if not clips]
-        say_some(f"never {word}", missing, ", ")
+    untrained = training.missing_classes()
+    if data.metric == "accuracy" and len(data.classes) - len(untrained) < 2:
+        raise InputError(f"{args.data}: its training clips are all of one class, nothing to tell it from; is --root the "
+                         "folder above the classes?")
+    say_some("never trained on", untrained, ", ")
+    say_some("never tested", test.missing_classes(), ", ")
     training.seconds = args.seconds
     return training, test
 

@@ -1160,7 +1160,7 @@ def test_what_the_system_left_is_no_recording_and_other_kinds_are_counted(tmp_pa
     for name in ("dog/1.wav", "cat/2.wav", "__MACOSX/dog/1.wav", ".ipynb_checkpoints/1.wav", "dog/._1.wav",
                  ".Trash-0/3.wav", "__dog/__1.wav"):       # an id of YouTube may begin like this
         write_wav(tmp_path / "in" / name, frequency=300 + len(name))
-    for name in ("0.m4a", "1.m4a", "a.webm"):
+    for name in ("0.m4a", "1.M4A", "a.webm"):
         (tmp_path / "in" / name).write_text("x")
     (tmp_path / "in" / "again").symlink_to(tmp_path / "in")                 # links are followed once,
     (tmp_path / "in" / "9.wav").symlink_to(tmp_path / "nowhere")            # those to nowhere not at all
@@ -1541,9 +1541,9 @@ def test_labels_of_the_data_sets(tmp_path):
             MINIATURES.get(name, mini_fsdkaggle2019 if "fsd" in name else write_esc50)(tmp_path / name)
             sets[name] = datasets.load_labelled(name, tmp_path / name / ("mine.csv" if name == "csv" else ""))
         data = sets[name]
-        found = data.clips[names(data).index(clip)]
-        assert found.split == split and found.labels == tuple(labels.split(";") if labels else ())
-        assert [data.classes[c] for c in data.labels[names(data).index(clip)]] == list(found.labels)
+        i = names(data).index(clip)
+        assert data.splits[i] == split and data.clips[i].labels == tuple(labels.split(";") if labels else ())
+        assert [data.classes[c] for c in data.labels[i]] == list(data.clips[i].labels)
     assert len(sets["esc50"]) == 28 and len(sets["esc10"]) == 20 and sets["esc10"].classes == ["dog", "rain"]
     assert sets["audioset"].classes == ["Speech", "Gush", "Male speech, man speaking"] and sets["csv"].metric == "mAP"
     places = {f"{scene}-lisbon-train" for scene in ("airport", "park", "metro_station")}
