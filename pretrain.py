@@ -123,7 +123,7 @@ def train(model, frontend, source, held_out, args, digest, checkpoint):
 
 def backward(model, frontend, waveform, lengths, rand, args):
     """Gradients of the loss, summed over the masked steps of a batch, that is, of its micro-batches and of all
-    processes. Returns the sums of `PretrainOutput`, added up likewise."""
+    processes. Returns the sums of `Wav2Vec2.forward`, added up likewise."""
     device = frontend.mean.device
     micro_batch = args.micro_batch or len(waveform)
     sums = collections.Counter()                    # adds up
@@ -132,9 +132,9 @@ def backward(model, frontend, waveform, lengths, rand, args):
         log_mel = frontend(waveform[part].to(device, non_blocking=True), lengths[part])         # (B, T, 64)
         model.require_backward_grad_sync = i + micro_batch == len(waveform)     # DDP: adds up in the last part only
         with autocast(device, args.dtype):
-            result = model(log_mel, padding_mask(lengths[part], log_mel), rand[part])
-        (result.loss * result.sums["counted"]).backward()           # the sum over masked steps, not their mean
-        sums.update(result.sums)
+            loss, sums_of_part = model(log_mel, padding_mask(lengths[part], log_mel), rand[part])
+        (loss * sums_of_part["counted"]).backward()                 # the sum over masked steps, not their mean
+        sums.update(sums_of_part)
     return all_reduce(sums)
 
 
@@ -172,21 +172,21 @@ def held_out_figures(model, frontend, source, args):
         log_mel = frontend(waveform.to(device), lengths)
         rand = torch.rand(model.rand_shape(*log_mel.shape[:2]), generator=torch.Generator().manual_seed(i)).to(device)
         with autocast(device, args.dtype), torch.compiler.set_stance("force_eager"):        # other shapes
-            sums.update(fetch(model(log_mel, padding_mask(lengths, log_mel), rand).sums))       # a Counter adds up
+            _, sums_of_part = model(log_mel, padding_mask(lengths, log_mel), rand)
+        sums.update(fetch(sums_of_part))            # a Counter adds up
     model.train()
     figures = summarize(sums)
     return {f"held_out_{name}": figures[name] for name in ("loss", "accuracy")}
 
 
 class Log:
-    """A run's progress, in the first process: the bar, log.jsonl and, if wanted, TensorBoard's curves. Continues after
-    `done` updates: later lines, and one that a killed run left incomplete, are dropped."""
+    """A run's progress, in the first process: the bar and log.jsonl. Continues after `done` updates: later lines, and
+    one that a killed run left incomplete, are dropped."""
 
     def __init__(self, args, done):
         self.args = args
         self.path = Path(args.out) / "log.jsonl"
         self.bar = training_bar(args.updates, done, "pre-train")
-        self.board = None
         self.sums = collections.Counter()           # over the updates since the last line
         self.last_update, self.last_time = done, time.perf_counter()
         self.warned = False
@@ -195,19 +195,12 @@ class Log:
             whole = [line for line in lines if line.startswith("{") and line.endswith("}\n")]
             kept = [line for line in whole if json.loads(line)["update"] <= done]
             write_whole(self.path, "".join(kept).encode())
-            if args.tensorboard:
-                with reading("--tensorboard", "pip install tensorboard"):
-                    from torch.utils.tensorboard import SummaryWriter
-                self.board = SummaryWriter(args.out, purge_step=done + 1)       # of a killed run's later points
 
     def write(self, update, **figures):
         """A line of log.jsonl."""
         if rank() == 0:
             with open(self.path, "a") as file:
                 file.write(json.dumps(dict(update=update, **figures)) + "\n")
-        if self.board:
-            for name, value in figures.items():
-                self.board.add_scalar(name, value, update)
 
     def update(self, done, sums, lr, skipped, due):
         """Log one update, the `done`-th: its sums, or None where it was left out. A line is written every --log-every
@@ -245,7 +238,6 @@ def parse(argv=None):
     add("--batch-size", type=in_range(int, 1, 10**6), help="crops in an update, of all processes (tiny: 32, else 256)")
     add("--out", default="runs/pretrain", help="folder of this run (%(default)s)")
     add("--log-every", type=count, default=10, help="updates between two lines of the log (%(default)s)")
-    add("--tensorboard", action="store_true", help="write the log's figures as TensorBoard's curves too, into --out")
 
     add = parser.add_argument_group("model", "Settings of the size that can be changed.").add_argument
     add("--size", choices=SIZES, default="tiny", help="tiny for a laptop, small and large are the paper's "
@@ -283,7 +275,7 @@ def parse(argv=None):
 
 # Options that may differ when a run is resumed. (The data are compared by their digest instead.)
 MAY_CHANGE = {"resume", "out", "data", "root", "device", "workers", "micro_batch", "checkpoint_every", "log_every",
-              "compile", "tensorboard"}
+              "compile"}
 
 
 def add_running_options(parser):
