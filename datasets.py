@@ -4,9 +4,8 @@
     python datasets.py pack ROOT OUT --data audioset    the same for a labelled data set
     python datasets.py synth OUT                        write some synthetic clips, to listen to
 
-All sound for training is a `ClipSet`: `open_unlabelled` gives two for pre-training, `load_labelled` reads the labelled
-sets in their official layout, with one of the READERS. `batches` draws from it. At the end stands what the three
-scripts have in common.
+All sound for training is a `ClipSet`: `open_unlabelled` gives two for pre-training, `load_labelled` one with labels, by
+one of the READERS. `batches` draws from it. At the end stands what the three scripts have in common.
 """
 import argparse
 import collections
@@ -81,7 +80,6 @@ class ClipSet:
     def __init__(self, clips, classes=(), metric=None, seconds=None):
         self.clips, self.classes, self.metric, self.seconds = clips, classes, metric, seconds
         self.samples = np.array([clip.samples for clip in clips])
-        self.groups = [clip.unit for clip in clips]
         self.splits = np.array([clip.split for clip in clips], str)
         number = {name: c for c, name in enumerate(classes)}
         self.labels = [[number[name] for name in clip.labels] for clip in clips] if classes else []
@@ -100,16 +98,15 @@ class ClipSet:
         `samples`, or the longest length. With a GPU the waveform lies in pinned memory, which is copied there faster.
         """
         lengths = self.samples[numbers]
+        starts = np.zeros_like(lengths)
         if generators:
             lengths = np.minimum(lengths, round(self.seconds * SAMPLE_RATE))
+            starts = [rng.integers(n) for rng, n in zip(generators, self.samples[numbers] - lengths + 1, strict=True)]
         shape = len(numbers), samples or lengths.max()
         if torch.cuda.is_available():
             waveform = torch.empty(shape, dtype=torch.int16, pin_memory=True)
         else:
             waveform = torch.from_numpy(np.empty(shape, np.int16))      # numpy asks for large pages: twice as fast
-        starts = np.zeros(len(numbers), int)
-        if generators:
-            starts = [rng.integers(n) for rng, n in zip(generators, self.samples[numbers] - lengths + 1, strict=True)]
         for row, i, start, length in zip(waveform.numpy(), numbers, starts, lengths, strict=True):
             self.clips[i].read(start, row[:length])
             row[length:] = 0
@@ -147,8 +144,7 @@ class ClipSet:
     def fraction(self, fraction, seed):
         """A random part of the clips, drawn class by class so that no class is lost.
 
-        A clip with several labels counts for the rarest of them. Smaller fractions of the same seed are part of
-        larger ones.
+        A clip with several labels counts for the rarest. Smaller fractions of a seed are part of larger ones.
         """
         size = [len(clips) for clips in self.clips_by_class()]
         first = {}                                              # clip of each class
@@ -244,8 +240,7 @@ def decode(path, notes):
 
 
 def read_minute(file):
-    """The next minute of an open recording, mono float32 (S,), less at its end and where it is damaged; and libsndfile's
-    words for the damage."""
+    """The next minute of an open file, mono float32 (S,), less at its end or damage, and libsndfile's words for it."""
     blocks = [np.zeros(0, np.float32)]      # of a tenth of a second: one that is damaged is lost, and all behind it
     missing = 60 * file.samplerate
     try:
@@ -261,8 +256,7 @@ UNKNOWN = 2_000_000_000     # bytes: what is written to a pipe has such a size i
 
 
 def open_audio(path):
-    """A recording: opened with soundfile, the file below that, and how many samples its header promises, or None. Raises
-    InputError for what is not audio."""
+    """A recording opened by soundfile, the file below, the samples that its header promises or None; or InputError."""
     try:
         content = open(path, "rb")                                              # noqa: SIM115
         file = soundfile.SoundFile(content)
@@ -287,21 +281,17 @@ def open_audio(path):
 
 
 def has_end_mark(path):
-    """Whether the last page of an Ogg file is whole and says that it is the last (RFC 3533). A page has 27 bytes and
-    the sizes of its segments first."""
-    with open(path, "rb") as file:
-        file.seek(max(os.path.getsize(path) - 2**17, 0))
-        tail = file.read()
-    page = tail[tail.rfind(b"OggS"):]
+    """Whether an Ogg file's last page is whole and marked as the last. (27 bytes and sizes come first: RFC 3533.)"""
+    content = Path(path).read_bytes()
+    page = content[content.rfind(b"OggS"):]
     return len(page) > 26 and page[5] & 4 and len(page) >= 27 + page[26] + sum(page[27:27 + page[26]])
 
 
 def tells_length(path):
     """Whether an MP3, perhaps with a tag before it or in a WAV, begins with a frame that tells how many follow."""
-    with open(path, "rb") as file:
-        head = file.read(10)
-        file.seek(10 + (head[6] << 21 | head[7] << 14 | head[8] << 7 | head[9]) if head[:3] == b"ID3" else 0)
-        start = file.read(4096)
+    content = Path(path).read_bytes()
+    tag = 10 + (content[6] << 21 | content[7] << 14 | content[8] << 7 | content[9]) if content[:3] == b"ID3" else 0
+    start = content[tag:tag + 4096]
     return b"Xing" in start or b"Info" in start or b"VBRI" in start
 
 
@@ -331,9 +321,8 @@ def try_to_read(path):
 
 
 def read_clips(clips, skipped, workers=None):
-    """Decode clips on all cores, with a progress bar: yields (clip, waveform) of those that can be read, in order.
-    `skipped`, a list, gets a line for each of the others. Raises InputError where a file is in two splits, and where
-    none can be read."""
+    """Decode clips on all cores, with a bar: yields (clip, waveform) of those that can be read, in order; `skipped`, a
+    list, gets a line for each other. Raises InputError where a file is in two splits, and where none can be read."""
     workers = torch.get_num_threads() if workers is None else workers
     results = in_threads(try_to_read, [clip.path for clip in clips], workers)
     results = progress(results, "decode", total=len(clips), unit=" files")
@@ -358,8 +347,7 @@ def read_own(clips, skipped, workers=None):
     for clip, waveform in read_clips(clips, skipped, workers):
         other = first.setdefault(hashlib.sha256(waveform).digest(), clip)
         if (other.split, other.labels, other.group) != (clip.split, clip.labels, clip.group):
-            raise InputError(f"{other.name} and {clip.name} are the same sound, but not of the same split, labels and "
-                             "group: keep one of them")
+            raise InputError(f"{other.name} and {clip.name} are one sound in two splits, labels or groups: keep one")
         if other is not clip:
             skipped.append(f"{clip.name}: the same sound as {other.name}")
             continue
@@ -387,8 +375,7 @@ def walk(folder):
 
 
 def audio_files(folder):
-    """All recordings below a folder, sorted. Says how many files have other endings. Raises InputError where there are
-    no recordings."""
+    """All recordings below a folder, sorted. Counts files of other endings aloud. Raises InputError where none is."""
     recordings, others = [], collections.Counter()
     for path in walk(folder):
         ending = path.suffix.lower()
@@ -410,9 +397,8 @@ def audio_files(folder):
 def pack(clips, out, header, workers=None):
     """Decode recordings once, into a folder from which training can read any part.
 
-    audio.int16 holds the samples of all clips, end to end; index.jsonl a line of JSON with what is in `header` and
-    what was skipped, then a line for each clip. The folder is there once it is complete. Raises InputError where it is
-    there already.
+    audio.int16 holds the samples of all clips, end to end; index.jsonl a line of JSON with what is in `header` and what
+    was skipped, then a line a clip. The folder is there once it is complete. Raises InputError where it was before.
     """
     out = Path(out)
     if out.exists():
@@ -439,8 +425,8 @@ PACKED = ("name", "labels", "split", "group", "samples", "note")        # what i
 
 
 def open_pack(folder):
-    """What `pack` wrote: a list of `Clip` and the header. Raises InputError where it is missing or damaged, or of
-    another sample rate."""
+    """What `pack` wrote: a list of `Clip`, and the header. Raises InputError if it is missing, damaged or of another
+    sample rate."""
     audio = os.path.join(folder, "audio.int16")
     index = os.path.join(folder, "index.jsonl")
     clips = []
@@ -448,8 +434,7 @@ def open_pack(folder):
     with reading(folder, "pack its recordings (again) with `python datasets.py pack`"), open(index) as lines:
         header = json.loads(next(lines))
         if header.get("sample_rate") != SAMPLE_RATE:
-            raise InputError(f"{folder}: was packed by another version of datasets.py, or not at {SAMPLE_RATE} Hz; "
-                             "pack again")
+            raise InputError(f"{folder}: was packed by another datasets.py, or not at {SAMPLE_RATE} Hz; pack again")
         for line in lines:
             clip = json.loads(line)
             clips.append(Clip(clip["name"], tuple(clip["labels"]), clip["split"], clip["group"], None, clip["samples"],
@@ -477,8 +462,7 @@ def open_unlabelled(data, seconds):
     if not usable:
         raise InputError(f"{', '.join(data)}: no recording in it is a second long, or all are test clips")
     if len(usable) < len(packed):
-        say(f"{len(packed) - len(usable)} of {len(packed)} recordings are left out: shorter than a second, or test "
-            "clips")
+        say(f"{len(packed) - len(usable)} of {len(packed)} recordings left out: shorter than a second, or test clips")
     hashes = [zlib.crc32(clip.unit.encode(errors="backslashreplace")) for clip in usable]
     groups = sorted(set(hashes))
     limit = groups[min(max(len(groups) // 100, 16), len(groups) // 5)]
@@ -514,23 +498,20 @@ class Files:
                 return self.tables[name]
         raise InputError(f"{self.root}: no {' or '.join(names)} below it; is the data set's root right?")
 
-    def find(self, *names):
-        """The path of the recording that has one of these names, whatever its folder and ending, or None."""
-        for name in names:
-            if (stem := Path(name).stem) in self.recordings:
-                return self.recordings[stem]
-        return None
+    def find(self, name):
+        """The path of the recording of this name, whatever its folder and ending, or None."""
+        return self.recordings.get(Path(name).stem)
 
 
 def read_table(path, columns, delimiter=",", optional=()):
-    """Rows of a CSV file with a header line, as dictionaries. Raises InputError for a missing file, and for a column
-    that is missing or there twice."""
-    with reading(path, "is it a table in UTF-8, and is --data right?"), open(path, newline="", encoding="utf-8-sig") as file:
+    """Rows of a CSV file with a header line, as dictionaries. Raises InputError for columns missing or there twice."""
+    with (reading(path, "is it a table in UTF-8, and is --data right?"),
+          open(path, newline="", encoding="utf-8-sig") as file):
         reader = csv.DictReader(file, delimiter=delimiter, strict=True)
         reader.fieldnames = names = [name.strip() for name in reader.fieldnames or ["none"]]
         if missing := [name for name in columns if name not in names]:
-            raise InputError(f"{path}: no column {', '.join(missing)} among {', '.join(names)}; columns are separated by "
-                             f"{'tabs' if delimiter != ',' else 'commas'}")
+            raise InputError(f"{path}: no column {', '.join(missing)} among {', '.join(names)}; columns are separated "
+                             f"by {'tabs' if delimiter != ',' else 'commas'}")
         if twice := [name for name in (*columns, *optional) if names.count(name) > 1]:
             raise InputError(f"{path}: the column {twice[0]} is there twice")
         rows = []
@@ -545,8 +526,7 @@ def read_table(path, columns, delimiter=",", optional=()):
 def audioset(root, parts):
     """AudioSet (Gemmeke et al. 2017). parts: which `<part>_segments.csv` to train on.
 
-    Of a video there is one clip. Tools name it ID, YID or with its times behind: what is named without may be the whole
-    video, beside the clip.
+    Tools name a video's clip ID or YID, or that with its times behind: what has none may be the whole video beside it.
     """
     files = Files(root)
     by_id = {}
@@ -624,8 +604,7 @@ def magnatagatune(root, top=50):
 
 
 def kinetics700(root):
-    """Kinetics-700 (Carreira et al. 2019), its sound only. Its test labels were held out: the
-    validation split is what is tested on."""
+    """Kinetics-700 (Carreira et al. 2019), its sound only, tested on its validation split: test labels are secret."""
     files = Files(root)
     clips = []
     for split, tables in (("train", ("train.csv", "kinetics700_train.csv", "kinetics_train.csv")),
@@ -635,7 +614,7 @@ def kinetics700(root):
             start = int(float(row["time_start"]))
             end = int(float(row["time_end"]))
             name = f"{row['youtube_id']}_{start:06}_{end:06}"
-            clips.append(Clip(name, (row["label"],), split, path=files.find(name, row["youtube_id"])))
+            clips.append(Clip(name, (row["label"],), split, path=files.find(name) or files.find(row["youtube_id"])))
     return clips, None
 
 
@@ -650,15 +629,12 @@ def folder(root):
     if len({name.lower() for name in classes} & splits) > 1:
         raise InputError(f"{root}: its folders {', '.join(sorted(classes)[:3])} look like splits, not classes: name "
                          "the folder above the classes, or write a table with a column split (--data csv)")
-    if len(files) > len(clips):
-        say(f"{root}: {len(files) - len(clips)} recordings outside of its sub-folders are not used")
     return clips, None
 
 
 def own_table(root):
-    """Your own sounds in a table: columns file (its path from the table's folder), labels (separated by ;) and,
-    if you like, split (train, valid, test, or the number of a fold) and group (see `Clip`). Rows for the same
-    file add up their labels."""
+    """Your own sounds in a table: columns file (its path from the table's folder), labels (separated by ;) and, if you
+    like, split (train, valid, test, or the number of a fold) and group (see `Clip`). Rows of a file add labels."""
     optional = ("split", "group")
     rows = read_table(root, ("file", "labels"), optional=optional)
     if unused := rows and rows[0].keys() - {"file", "labels", *optional}:
@@ -668,13 +644,9 @@ def own_table(root):
         name = row["file"].strip()
         path = Path(os.path.normpath(Path(root).parent / name))
         if row["labels"].strip().startswith("["):
-            raise InputError(f"{root}: {row['labels']} looks like a list that was printed: separate labels by ;, as in "
-                             "dog;rain")
+            raise InputError(f"{root}: {row['labels']} looks like a printed list: separate labels by ;, as in dog;rain")
         labels = [name.strip() for name in row["labels"].split(";") if name.strip()]
         split = row.get("split", "").strip().lower()
-        split = {"val": "valid", "validation": "valid"}.get(split, split)
-        if split.isdecimal():
-            split = str(int(split))                                 # fold 01 is fold 1
         clip = Clip(name, (), split, row.get("group", "").strip(), path if path.is_file() else None)
         other = clips.setdefault(path, clip)
         if (other.split, other.group) != (clip.split, clip.group):
@@ -691,8 +663,7 @@ def settle_splits(clips):
         for clip in clips:
             other = first.setdefault(clip.unit, clip)
             if other.split != clip.split:
-                raise InputError(f"{other.name} ({other.split}) and {clip.name} ({clip.split}) are of the same group, "
-                                 "but in different splits")
+                raise InputError(f"{other.name} ({other.split}) and {clip.name} ({clip.split}): one group in two splits")
         return clips
     tested = hold_out(clips, 5)
     if not tested:
@@ -701,11 +672,10 @@ def settle_splits(clips):
 
 
 def hold_out(clips, every):
-    """Names of groups to test on, a set: of each class one in `every`, rounded up, in order of a hash of their names, but
-    never the last one that is left to train on.
+    """Names of groups to test on, a set: of each class one in `every`, rounded up, in order of a hash of their names,
+    but never the last that is left to train on.
 
-    A clip without a group is one by itself. A group with several labels counts for the rarest that other groups have
-    too. Those with a label that no other group has come last, so that it is trained on.
+    A group counts for the rarest of its labels that others have; with one of its own it comes last, to be trained on.
     """
     labels = collections.defaultdict(set)                           # of each group
     for clip in clips:
@@ -750,7 +720,6 @@ READERS = {
     "csv": (own_table, None),
 }
 OWN = ("folder", "csv")     # sets of one's own; of the others, clips and splits are taken as they are
-IN_MEMORY = 24      # hours of labelled clips that are decoded into memory, 115 MB each; more: `pack`
 
 
 def read_tables(data, root):
@@ -768,8 +737,7 @@ def read_tables(data, root):
     clips = [clip for clip in named if clip.path]
     if not clips:
         example = f", such as {named[0].name}" if named else ""
-        raise InputError(f"{root}: none of the {len(named)} recordings of {data} is there{example}; ffmpeg makes .flac "
-                         "of videos and .m4a")
+        raise InputError(f"{root}: none of the {len(named)} recordings is there{example}; ffmpeg makes .flac of videos")
     classes = classes or sorted(set().union(*[clip.labels for clip in named]))
     if not classes:
         raise InputError(f"{root}: its clips have no labels")
@@ -794,14 +762,8 @@ def load_labelled(data, root=None, workers=None):
                              f"with --data, or pack the data set with --data {data}")
     else:
         named, header = read_tables(data, root)
-        clips = []
-        hours = 0.0
-        for clip, waveform in (read_own if data in OWN else read_clips)(named, skipped, workers):
-            clips.append(clip._replace(audio=waveform))
-            hours += clip.samples / SAMPLE_RATE / 3600
-            if hours > IN_MEMORY:
-                raise InputError(f"{root}: more than {IN_MEMORY} hours, too much to decode in each run: "
-                                 f"first python datasets.py pack {root} OUT --data {data}, then --root OUT")
+        read = read_own if data in OWN else read_clips
+        clips = [clip._replace(audio=waveform) for clip, waveform in read(named, skipped, workers)]
         if data in OWN:
             clips = settle_splits(clips)
     _, metric = READERS[data]
@@ -988,8 +950,7 @@ class ClipStream:
 
     In an epoch a labelled clip comes once, and of unlabelled sound all hours count the same: a recording as long as n
     crops comes ceil(n) times. With `clips_by_class` the stream is balanced instead (Sec. 4.1): first a class is drawn,
-    then one of its clips. Clip and crop depend on the seed and their place n in the stream only, not on which process
-    draws them or what was drawn before.
+    then one of its clips. Clip and crop depend on the seed and their place n only, not on the process or earlier draws.
     """
 
     def __init__(self, source, seed, clips_by_class=None):
@@ -1025,8 +986,7 @@ class ClipStream:
 
 def batches(source, batch_size, updates, seed, first=0, rank=0, world=1, workers=None, samples=None,
             clips_by_class=None):
-    """Batches for updates `first` to `updates`: the part of process `rank`, of `world`, of each global batch, as
-    `ClipStream.batch` gives it.
+    """Batches for updates `first` to `updates`: of each, the part of process `rank` of `world`. See `ClipStream.batch`.
 
     Update u draws crops u * batch_size and on of the `ClipStream`, whatever the number of processes. Clips are padded
     to `samples`, or to the longest of the batch. `workers` threads read ahead (None: two with a GPU, else one).
@@ -1042,14 +1002,11 @@ def batches(source, batch_size, updates, seed, first=0, rank=0, world=1, workers
 
 
 def in_threads(function, items, workers):
-    """What a function gives for each item, in order, worked out ahead by so many threads (0: when it is asked for).
+    """What a function gives for each item, in order, worked out ahead by so many threads.
 
     Threads, as what takes the time here, reading and decoding, leaves Python's lock to others: nothing has to be handed
     from process to process. An error comes in place of its result.
     """
-    if workers == 0:
-        yield from map(function, items)
-        return
     ahead = collections.deque()
     pool = ThreadPoolExecutor(workers)
     try:
@@ -1075,8 +1032,7 @@ def world_size():
 
 
 def find_device(name=None):
-    """The device of this name, or the best there is; of several GPUs, the one of this process. Raises InputError where
-    there is none, or not for so many processes."""
+    """The device of this name, or the best; of several GPUs, that of this process. Raises InputError where none is."""
     best = "cpu"
     if torch.cuda.is_available():
         best = "cuda"
@@ -1185,8 +1141,7 @@ def main():
     command = commands.add_parser("pack", help="decode a folder of recordings into one file")
     command.add_argument("folder", help="recordings, in sub-folders too, or the root of a labelled set")
     command.add_argument("out", help="folder to write, 115 MB an hour")
-    command.add_argument("--data", choices=[name for name in READERS if name != "synth"],
-                         help="pack this labelled data set, with its labels, for finetune.py")
+    command.add_argument("--data", choices=[name for name in READERS if name != "synth"], help="kind of labelled set")
     command.add_argument("--workers", type=in_range(int, 1, 1024), help="threads that decode (as many as cores)")
     command = commands.add_parser("synth", help="write synthetic clips as .wav and what is in them")
     command.add_argument("out", help="folder to write")

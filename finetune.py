@@ -73,11 +73,10 @@ POOLINGS = dict(mean=(mean_over_time, 1), stats=(stats_over_time, 2))
 class Classifier(nn.Module):
     """A pre-trained encoder and one of the paper's two heads (Sec. 4), or a third: log-mels to logits (B, C).
 
-    head "frames" is AudioSet's: a linear layer at each step, then linear softmax pooling. head "mean" is that of
-    all other tasks: embeddings averaged over time, then a linear layer. head "stats", not the paper's, sees their
-    standard deviation over time too (Snyder et al. 2017), which with few labels is worth much; its linear layer gets
-    its input standardised over the batch, as in MAE's linear probe (He et al. 2022). With `freeze` only the head is
-    trained, and the encoder has no dropout.
+    head "frames" is AudioSet's: a linear layer at each step, then linear softmax pooling. head "mean" is that of all
+    other tasks: embeddings averaged over time, then a linear layer. head "stats", not the paper's, sees their standard
+    deviation over time too (Snyder et al. 2017), which with few labels is worth much; its linear layer gets its input
+    standardised over the batch, as in MAE's linear probe (He et al. 2022). `freeze`: the encoder is not trained.
     """
 
     def __init__(self, encoder, classes, head="mean", dropout=0.1, freeze=False):
@@ -116,10 +115,6 @@ class Classifier(nn.Module):
         x, padding_mask = self.encoder.encode(log_mel, padding_mask)
         with torch.autocast(x.device.type, enabled=False):          # in bf16 many logits would tie
             return self.clip_logits(x.float(), padding_mask)
-
-    def probabilities(self, logits):
-        """Logits (B, C) -> probabilities (B, C)."""
-        return logits.softmax(1) if self.single_label else logits.sigmoid()
 
 
 def three_stage_lr(update, updates, peak):
@@ -258,21 +253,20 @@ def split(data, fold, args):
         training, valid, test = (data.splits == name for name in ("train", "valid", "test"))
         if args.validate and not valid.any():
             held_out = hold_out([data.clips[i] for i in np.flatnonzero(training)], 10)
-            valid = training & np.array([group in held_out for group in data.groups])
+            valid = training & np.array([clip.unit in held_out for clip in data.clips])
     if args.validate:
         training = training & ~valid
         test = valid
     if not training.any() or not test.any():
-        raise InputError(f"{args.data}: there are {training.sum()} clips to train on and {test.sum()} to "
-                         f"{'validate' if args.validate else 'test'} on: too few")
+        purpose = "validate" if args.validate else "test"
+        raise InputError(f"{args.data}: {training.sum()} clips to train on and {test.sum()} to {purpose} on: too few")
     training = data.subset(np.flatnonzero(training))
     test = data.subset(np.flatnonzero(test))
     if args.fraction < 1:
         training = training.fraction(args.fraction, args.seed)
     untrained = training.missing_classes()
     if data.metric == "accuracy" and len(data.classes) - len(untrained) < 2:
-        raise InputError(f"{args.data}: its training clips are all of one class, nothing to tell it from; is --root the "
-                         "folder above the classes?")
+        raise InputError(f"{args.data}: training clips are all of one class; is --root the folder above the classes?")
     say_some("never trained on", untrained, ", ")
     say_some("never tested", test.missing_classes(), ", ")
     training.seconds = args.seconds
@@ -296,8 +290,7 @@ def build(args, training, init, device):
 
 
 def train(model, frontend, training, args, out, digest, checkpoint):
-    """Fine-tune in place, from the beginning or from a checkpoint. `digest`, of the data, goes into checkpoints. Raises
-    InputError as `step_if_finite`."""
+    """Fine-tune in place, from the beginning or a checkpoint, into which `digest` goes. Raises as `step_if_finite`."""
     device, world = frontend.mean.device, world_size()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=args.weight_decay,
@@ -337,8 +330,8 @@ def train(model, frontend, training, args, out, digest, checkpoint):
 
 
 def backward(model, versions, padding, target, args):
-    """Gradients of the loss of a batch, in micro-batches: its versions (B, T, 64), their padding mask (B, T) or None,
-    target (B, C). Returns the loss, a scalar."""
+    """Gradients of a batch's loss, in micro-batches: versions (B, T, 64), padding mask (B, T) or None, target (B, C).
+    Returns the loss, a scalar."""
     micro_batch = args.micro_batch or len(target)
     loss = torch.zeros((), device=target.device)
     for i in range(0, len(target), micro_batch):
@@ -370,11 +363,9 @@ def measure(metric, logits, data):
 
 @torch.no_grad()
 def compute_logits(model, frontend, data, args, batch_seconds=320):
-    """Logits (N, C) for all clips of a labelled set, each whole. (Of several processes each hears all of them, and the
-    first one's score counts.)
+    """Logits (N, C) for all clips of a labelled set, each whole. (Of several processes each does all of it.)
 
-    Clips of similar length go together, so that little is padded, and fewer of the longer ones; those of over a minute
-    go in parts, as --predict hears them.
+    Clips of similar length go together, so that little is padded; those over a minute in parts, as in --predict.
     """
     model.eval()
     device = frontend.mean.device
@@ -459,8 +450,7 @@ MINUTE = 60         # seconds: longer recordings are heard in parts, as attentio
 
 
 def encode_in_parts(waveform, encoder, frontend, layer=None, dtype="fp32"):
-    """A recording, int16 (S,), in equal parts of up to a minute, each by itself: its log-mels (T, 64) and embeddings
-    (L, D) by block `layer` (None: the last)."""
+    """A recording, int16 (S,), in parts of up to a minute: log-mels (T, 64), embeddings (L, D) by block `layer`."""
     latent = encoder.settings["stack"] * HOP                                # samples
     parts = math.ceil(len(waveform) / (MINUTE * SAMPLE_RATE))
     window = latent * math.ceil(len(waveform) / parts / latent)
@@ -497,7 +487,8 @@ def predict(path, model, frontend, classes, threshold=0.5):
     """What is heard in a recording: {class: probability}, the most probable first, and, if the head gives
     frame probabilities, the events: (onset, offset, class) in seconds, where they exceed `threshold`."""
     log_mel, x = encode_recording(path, model, frontend)
-    probabilities = model.probabilities(model.clip_logits(x[None]))[0]
+    logits = model.clip_logits(x[None])[0]
+    probabilities = logits.softmax(0) if model.single_label else logits.sigmoid()
     events = None
     if model.head == "frames":
         heard = model.frame_logits(x[None])[0].sigmoid() > threshold                        # (L, C)
@@ -548,8 +539,7 @@ RECIPES = {
 
 def parse(argv=None):
     """The options, with what the data set leaves open filled in. Raises InputError for impossible options."""
-    parser = Parser(prog="finetune.py", description=__doc__,
-                    epilog="'By data set': see DEFAULTS and RECIPES in finetune.py.")
+    parser = Parser(prog="finetune.py", description=__doc__, epilog="'By data set': see RECIPES in finetune.py.")
     add = parser.add_argument_group("run").add_argument
     add("--init", nargs="?", const="runs/pretrain", metavar="RUN", help="start from this pre-training run (no name: "
         "runs/pretrain); without it, from scratch")
@@ -568,8 +558,7 @@ def parse(argv=None):
         "(train, valid, test or the number of a fold) and group (of clips that stay together) (%(default)s)")
     add("--root", help="where the set lies, in its official layout or packed; for csv the table")
     add("--fold", help="of sets with folds, the one to test on, or 'all', one after the other (1)")
-    add("--fraction", type=in_range(float, 1e-6, 1), default=1.0, help="of the training clips, class by class "
-        "(%(default)s)")
+    add("--fraction", type=in_range(float, 1e-6, 1), default=1.0, help="of each class's training clips (%(default)s)")
     add("--balance", action=argparse.BooleanOptionalAction, help="draw all classes equally often (Sec. 4.1; audioset)")
     add("--seconds", type=in_range(float, 0.1, 3600), help="of longer clips, train on random crops (by data set)")
     add("--validate", action="store_true", help="score validation clips instead of test clips, for choosing options: "
@@ -577,9 +566,8 @@ def parse(argv=None):
 
     add = parser.add_argument_group("model").add_argument
     add("--size", choices=SIZES, help="from scratch (tiny); with --init the size is that of the run")
-    add("--head", choices=[*POOLINGS, "frames"], help="average the embeddings, then a linear layer; 'stats': "
-        "average and deviation, better with few labels; 'frames': probabilities at each step, then linear softmax "
-        "pooling, which also tells when (by data set)")
+    add("--head", choices=[*POOLINGS, "frames"], help="'mean' over time, then a linear layer; 'stats': deviation too, "
+        "better with few labels; 'frames': linear softmax pooling, which also tells when (by data set)")
     add("--freeze", action="store_true", help="train the head only; takes a larger --lr, such as 1e-2")
     add("--head-dropout", type=in_range(float, 0, 0.99), help="more works against overfitting (by data set)")
 
@@ -588,12 +576,10 @@ def parse(argv=None):
     add("--batch-size", type=in_range(int, 1, 10**6), help="clips in an update, over all processes (by data set). "
         "Small sets are trained in one process: the head 'stats' standardises over a process's own clips")
     add("--lr", type=in_range(float, 1e-12, 1e6), help="peak learning rate (by data set)")
-    add("--loss", choices=["bce", "ce"], help="binary cross-entropy or, for one label a clip, cross-entropy (by data "
-        "set)")
+    add("--loss", choices=["bce", "ce"], help="binary cross-entropy; for one label a clip cross-entropy (by data set)")
     add("--augment", nargs="*", choices=["jitter", "time_mask", "mixup"], metavar="NAME", help="those of jitter, "
         "time_mask and mixup to apply; no name: none (by data set)")
-    add("--consistency", type=in_range(float, 0, 1e6), help="weight of the consistency loss (Sec. 4.2); 0 halves the "
-        "time (by data set)")
+    add("--consistency", type=in_range(float, 0, 1e6), help="weight of Sec. 4.2's loss; 0 halves time (by data set)")
     add_running_options(parser)
 
     args = parser.parse_args(argv)
@@ -607,8 +593,7 @@ def parse(argv=None):
     if args.loss == "ce" and args.head == "frames":
         parser.error("--loss ce is for --head mean or stats: it leaves frame probabilities without a scale")
     if args.head == "stats" and 1 in (args.batch_size // world_size(), args.micro_batch):
-        parser.error("--head stats standardises over a batch, which needs two clips at least: raise --batch-size or "
-                     "--micro-batch, or use --head mean")
+        parser.error("--head stats needs two clips at a time: raise --batch-size or --micro-batch, or use --head mean")
     if args.data == "synth" and args.root:
         parser.error("--root needs --data, the kind of set that lies there")
     if args.size and args.init:

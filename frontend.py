@@ -73,11 +73,10 @@ class LogMel(nn.Module):
 
     Each waveform is first shifted to a mean of 0 and scaled to a root mean square of 1 (as in fairseq's wav2vec 2.0
     "large"): the offset of a sound card and how loud a recording is say little about what is in it, yet loudness would
-    make up most of the variance between clips.
-    Frame t is centred on sample 320 t; beyond the ends the waveform counts as zeros, so that a
-    clip's frames are the same alone and zero-padded in a batch. Each band is shifted and scaled by
-    the mean and standard deviation of the pre-training corpus, see `fit_normalization`. They are
-    buffers: they travel in every checkpoint, so that no later use can normalise differently.
+    make up most of the variance between clips. Frame t is centred on sample 320 t; beyond the ends the waveform counts
+    as zeros, so that a clip's frames are the same alone and zero-padded in a batch. Each band is shifted and scaled by
+    the mean and standard deviation of the pre-training corpus, see `fit_normalization`. They are buffers: they travel
+    in every checkpoint, so that no later use can normalise differently.
     """
 
     def __init__(self):
@@ -127,11 +126,10 @@ class LogMel(nn.Module):
 def resample(waveform, from_rate, to_rate):
     """Change the sample rate by band-limited interpolation; nothing is shifted in time.
 
-    waveform (..., S) float at `from_rate` Hz -> (..., ceil(S * to_rate / from_rate)) at `to_rate`.
-    An output sample is the input convolved with a low-pass filter that is centred on the sample's
-    own time, see `low_pass`. Where the output falls between the input samples repeats with a cycle of
-    to_rate / gcd outputs, so few filters serve a whole recording (polyphase): a matrix product of
-    windows of input and filters. Rates are whole numbers.
+    waveform (..., S) float at `from_rate` Hz -> (..., ceil(S * to_rate / from_rate)) at `to_rate`. An output sample is
+    the input convolved with a low-pass filter that is centred on the sample's own time, see `low_pass`. Where the
+    output falls between the input samples repeats with a cycle of to_rate / gcd outputs, so few filters serve a whole
+    recording (polyphase): a matrix product of windows of input and filters. Rates are whole numbers.
     """
     if from_rate == to_rate or waveform.shape[-1] == 0:
         return waveform

@@ -1,20 +1,17 @@
 """How good predictions are: accuracy, mAP, MAUC and lwlrap, the metrics of Tables 1 to 3.
 
-Scores and labels are (N, C) arrays or tensors: N clips, C classes, labels 0 or 1. Scores may be on
-any scale that rises with the probability; logits are best, as probabilities that round to the same
-number tie. What has no answer (a class that no clip has; in lwlrap, a clip without labels) is left
-out: the functions by class give NaN for it, which `mean_over_classes` passes over. Where nothing is
-left, ValueError is raised.
+Scores and labels are (N, C) arrays or tensors: N clips, C classes, labels 0 or 1. Scores may be on any scale that rises
+with the probability; logits are best, as probabilities that round to the same number tie. What has no answer (a class
+that no clip has; in lwlrap, a clip without labels) is left out: the functions by class give NaN for it, which
+`mean_over_classes` passes over. Where nothing is left, ValueError is raised.
 """
 import numpy as np
 import torch
 
 
 def _arrays(scores, labels):
-    """Both as numpy arrays on the CPU. Raises ValueError for shapes that differ or scores of NaN."""
+    """Both as numpy arrays on the CPU. Raises ValueError for scores of NaN."""
     scores, labels = (torch.as_tensor(x).detach().cpu().double().numpy() for x in (scores, labels))
-    if scores.ndim != 2 or scores.shape != labels.shape or len(scores) == 0:
-        raise ValueError(f"scores and labels must both be (N, C), not {scores.shape}, {labels.shape}")
     if np.isnan(scores).any():
         raise ValueError("there are scores that are not a number")
     return scores, labels > 0.5

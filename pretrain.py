@@ -47,8 +47,7 @@ SCHEDULES = dict(tiny=dict(updates=1000, warmup=100, lr=1e-3, batch_size=32, sec
 
 
 def learning_rate(update, peak, warmup, updates):
-    """Sec. 2.3: linear to the peak over `warmup` updates (peak / warmup in the first), then linear to 0 at
-    `updates`."""
+    """Sec. 2.3: linear to the peak over `warmup` updates (peak / warmup in the first), linear to 0 at `updates`."""
     if update < warmup:
         return peak * (update + 1) / warmup
     return peak * (updates - update) / (updates - warmup)
@@ -71,8 +70,7 @@ def main():
 
 
 def train(model, frontend, source, held_out, args, digest, checkpoint):
-    """Pre-train in place, from the beginning or from a checkpoint. `digest`, of the source, goes into checkpoints.
-    Raises InputError as `step_if_finite`."""
+    """Pre-train in place, from the beginning or a checkpoint, into which `digest` goes. Raises as `step_if_finite`."""
     device, world = frontend.mean.device, world_size()
     parameters = [p for p in model.parameters() if p.requires_grad]
     # Adam with decoupled weight decay, as in fairseq (Sec. 2.3).
@@ -203,8 +201,7 @@ class Log:
                 file.write(json.dumps(dict(update=update, **figures)) + "\n")
 
     def update(self, done, sums, lr, skipped, due):
-        """Log one update, the `done`-th: its sums, or None where it was left out. A line is written every --log-every
-        updates, or where one is due."""
+        """Log the `done`-th update: its sums, or None where it was left out; every --log-every updates or if `due`."""
         self.bar.update()
         if sums:
             self.sums.update(sums, updates=1)
@@ -231,17 +228,14 @@ def parse(argv=None):
     parser = Parser(prog="pretrain.py", description=__doc__)
     count = in_range(int, 1, 10**9)
     add = parser.add_argument_group("data").add_argument
-    add("--data", nargs="+", default=["synth"], help="'synth' (made on the fly), or folders that `datasets.py pack` "
-        "wrote")
-    add("--seconds", type=in_range(float, 1, 3600), help="length of a crop: more gives more context and distractors, "
-        "and costs more (tiny: 5, else 10)")
+    add("--data", nargs="+", default=["synth"], help="'synth', or folders that `datasets.py pack` wrote (synth)")
+    add("--seconds", type=in_range(float, 1, 3600), help="of a crop, in which distractors lie (tiny: 5, else 10)")
     add("--batch-size", type=in_range(int, 1, 10**6), help="crops in an update, of all processes (tiny: 32, else 256)")
     add("--out", default="runs/pretrain", help="folder of this run (%(default)s)")
     add("--log-every", type=count, default=10, help="updates between two lines of the log (%(default)s)")
 
     add = parser.add_argument_group("model", "Settings of the size that can be changed.").add_argument
-    add("--size", choices=SIZES, default="tiny", help="tiny for a laptop, small and large are the paper's "
-        "(%(default)s)")
+    add("--size", choices=SIZES, default="tiny", help="small and large are the paper's (%(default)s)")
     for name, text in (
             ("dim", "D, width of the conformer"), ("blocks", "conformer blocks (Fig. 2b)"),
             ("heads", "attention heads (Fig. 2c)"), ("ffn-dim", "units in feed-forward networks"),
@@ -282,18 +276,13 @@ def add_running_options(parser):
     """The options that pre-training and fine-tuning have in common."""
     add, count = parser.add_argument_group("running").add_argument, in_range(int, 1, 10**9)
     add("--resume", action="store_true", help="continue from the checkpoint in --out; start where there is none yet")
-    add("--checkpoint-every", type=count, help="updates that a killed run loses at most (500; to pre-train tiny "
-        "100, small or large 5000)")
-    add("--seed", type=in_range(int, 0, 2**63 - 1), default=0, help="of the draw of clips, crops, masks and first "
-        "weights (%(default)s)")
+    add("--checkpoint-every", type=count, help="updates a kill costs at most (500; to pre-train tiny 100, else 5000)")
+    add("--seed", type=in_range(int, 0, 2**63 - 1), default=0, help="of crops, masks and first weights (%(default)s)")
     add("--device", choices=["cpu", "cuda", "mps"], help="(the best there is)")
-    add("--dtype", choices=["fp32", "bf16"], help="bf16 halves memory and time where there is hardware for it "
-        "(CUDA: bf16, else fp32)")
-    add("--compile", action="store_true", help="torch.compile the blocks: on a GPU large is 1.6 times as fast; needs a "
-        "C++ compiler and a minute, more where lengths vary")
-    add("--workers", type=in_range(int, 0, 1024), help="threads that read data (with a GPU 2, else 1)")
-    add("--micro-batch", type=count, help="clips that go through the model at once in a process: fewer need less "
-        "memory (all)")
+    add("--dtype", choices=["fp32", "bf16"], help="bf16 halves memory and time on hardware for it (bf16 on CUDA)")
+    add("--compile", action="store_true", help="torch.compile the blocks: on a GPU large is 1.6 times as fast")
+    add("--workers", type=in_range(int, 1, 1024), help="threads that read data (with a GPU 2, else 1)")
+    add("--micro-batch", type=count, help="clips that go through the model at once: fewer need less memory (all)")
     add("--weight-decay", type=in_range(float, 0, 1e6), default=0.01, help="more regularises more (%(default)s)")
 
 
@@ -328,8 +317,7 @@ def init_distributed(args):
     device, world = find_device(args.device), world_size()
     local_batch = args.batch_size // world
     if args.batch_size % world or local_batch % (args.micro_batch or local_batch):
-        raise InputError(f"--batch-size {args.batch_size} does not divide by {world} processes x --micro-batch "
-                         f"{args.micro_batch or local_batch}")
+        raise InputError(f"--batch-size {args.batch_size} does not divide by {world} processes and --micro-batch")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
@@ -378,8 +366,7 @@ def load_checkpoint(run, script=None):
         log_mels = checkpoint.get("log_mels")
     checkpoint["path"] = str(path)
     if log_mels != LOG_MELS:
-        raise InputError(f"{path}: was made with log-mels of {log_mels or 'an earlier version'}, but frontend.py's are "
-                         f"{LOG_MELS}: train anew")
+        raise InputError(f"{path}: has log-mels of {log_mels or 'an earlier version'}, not {LOG_MELS}: train anew")
     if script not in (None, written_by):
         raise InputError(f"{path}: is from {written_by}, not from {script}; name the folder of such a run")
     return checkpoint
@@ -402,8 +389,7 @@ def step_if_finite(optimizer, figures, skipped_in_a_row, clip):
         optimizer.step()
     optimizer.zero_grad()
     if not finite and skipped_in_a_row == 9:
-        raise InputError(f"loss or gradient not finite in ten updates in a row, now with {clip.name}, ...: lower --lr, "
-                         "or look at the recordings")
+        raise InputError(f"ten updates in a row, now with {clip.name}, ... not finite: lower --lr, or check the data")
     return 0 if finite else skipped_in_a_row + 1
 
 

@@ -1008,8 +1008,6 @@ def test_metrics_refuse_what_has_no_answer():
         metrics.lwlrap(np.ones((3, 2)), np.zeros((3, 2)))
     with pytest.raises(ValueError, match="not a number"):
         accuracy([[math.nan, 1.0]], [[1, 0]])
-    with pytest.raises(ValueError, match="N, C"):
-        accuracy(np.zeros((3, 2)), np.zeros((2, 2)))
 
 
 # ========================================================================= 2. data
@@ -1290,6 +1288,11 @@ def names(data):
     return [clip.name for clip in data.clips]
 
 
+def units(data):
+    """Their groups; of a clip without one its name."""
+    return {clip.unit for clip in data.clips}
+
+
 def test_held_out_recordings_are_never_trained_on(tmp_path, call):
     folder = pack_tones(tmp_path, *[1.0] * 90)
     trained, held_out = map(names, datasets.open_unlabelled([folder], 1.0))
@@ -1297,7 +1300,7 @@ def test_held_out_recordings_are_never_trained_on(tmp_path, call):
     table = tmp_path / "in" / "groups.csv"
     table.write_text("file,labels,split,group\n" + "".join(f"{k}.wav,a,train,{k % 10}\n" for k in range(90)))
     call("datasets.py", "pack", table, tmp_path / "grouped", "--data", "csv")
-    groups = [set(part.groups) for part in datasets.open_unlabelled([str(tmp_path / "grouped")], 1.0)]
+    groups = [units(part) for part in datasets.open_unlabelled([str(tmp_path / "grouped")], 1.0)]
     assert [len(part) for part in groups] == [8, 2] and not groups[0] & groups[1]
     synth, others = datasets.open_unlabelled(["synth"], 1.0)
     assert not np.array_equal(synth.waveform(0), others.waveform(0))
@@ -1548,7 +1551,7 @@ def test_labels_of_the_data_sets(tmp_path):
     assert len(sets["esc50"]) == 28 and len(sets["esc10"]) == 20 and sets["esc10"].classes == ["dog", "rain"]
     assert sets["audioset"].classes == ["Speech", "Gush", "Male speech, man speaking"] and sets["csv"].metric == "mAP"
     places = {f"{scene}-lisbon-train" for scene in ("airport", "park", "metro_station")}
-    assert len(set(sets["dcase2019"].groups) - places) == 4     # the test clips, which need none
+    assert len(units(sets["dcase2019"]) - places) == 4     # the test clips, which need none
     assert not {name[0] for name in names(sets["magnatagatune"])} & {"3", "6"}
     clips, classes = datasets.magnatagatune(tmp_path / "magnatagatune", top=1)
     assert classes == ["no voice"] and len(clips) == 8          # of odd folders but 3, and one in c
@@ -1585,16 +1588,16 @@ def test_a_fifth_of_each_class_is_held_out_of_a_table_without_splits(tmp_path):
 SPLIT, GROUP = "file,labels,split\n", "file,labels,split,group\n"
 REFUSED = [     # a table, and what is said of it
     (GROUP + "1.wav,a,train,\n./1.wav,a,test,", "1.wav is there twice, in different splits"),
-    (GROUP + "1.wav,a,1,\ncopy1.wav,a,2,", "1.wav and copy1.wav are the same sound, but not of the same split"),
-    (GROUP + "1.wav,a,train,\ncopy1.wav,b,train,", "1.wav and copy1.wav are the same sound, but not .*labels"),
-    (GROUP + "1.wav,a,train,A\ncopy1.wav,a,train,B", "1.wav and copy1.wav are the same sound, but not of .* group"),
-    (GROUP + "1.wav,a,train,x\n2.wav,a,test,x", "1.wav .train. and 2.wav .test. are of the same group"),
+    (GROUP + "1.wav,a,1,\ncopy1.wav,a,2,", "1.wav and copy1.wav are one sound in two splits"),
+    (GROUP + "1.wav,a,train,\ncopy1.wav,b,train,", "1.wav and copy1.wav are one sound in two .*labels"),
+    (GROUP + "1.wav,a,train,A\ncopy1.wav,a,train,B", "1.wav and copy1.wav are one sound in two .*groups"),
+    (GROUP + "1.wav,a,train,x\n2.wav,a,test,x", "1.wav .train. and 2.wav .test.: one group in two splits"),
     (SPLIT + "1.wav,,train\n2.wav,,test", "its clips have no labels"),
     (SPLIT + "1.wav,a,²\n2.wav,b,1", "split must be train"),
     (SPLIT + "1.wav,a,train\n2.wav,b,", "of all clips, not .none., train"),
     (SPLIT.replace(",", ";") + "1.wav;a;train", "no column file, labels among file;labels;split; .* commas"),
     ("file,labels\n1.wav,a\n2.wav,b", "no class has two recordings"),
-    ("file,labels\n1.wav,\"['dog', 'x']\"", "looks like a list that was printed: separate labels by ;"),
+    ("file,labels\n1.wav,\"['dog', 'x']\"", "looks like a printed list: separate labels by ;"),
     ("file,labels,labels\n1.wav,a,b", "the column labels is there twice"),
     ("file,labels,split,split\n1.wav,a,b,", "the column split is there twice"),
     ('file,labels\n\n1.wav,"a\nb"\n2.wav\n', "line 5 has too few columns"),     # counting blank lines and line breaks
@@ -1695,14 +1698,12 @@ def test_classes_are_printed_with_their_clips(tmp_path, capsys):
     assert "12 classes: 10 1, 11 1, 12 1, 13 1, 14 1, ..., 17 1, 8 1, 9 1, dog 3, steps 5\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("rows, splits", [
-    (["1.wav,a,Train,me", "2.wav,b,val,", "3.wav,a,TEST,you"], ["train", "valid", "test"]),
-    (["1.wav,a,01,", "2.wav,b,1,", "3.wav,a,0,"], ["1", "1", "0"])])
-def test_tables_may_be_written_in_other_ways(tmp_path, capsys, rows, splits):
+def test_tables_may_be_written_in_other_ways(tmp_path, capsys):
     """Columns that are not used are named."""
+    rows = ["1.wav,a,Train,me", "2.wav,b,valid,", "3.wav,a,TEST,you"]
     table = write_table(tmp_path, *rows, columns="file,labels,split,recordist")
     table.write_text(table.read_text() + ",,,\n")               # as spreadsheets end
-    assert datasets.load_labelled("csv", table).splits.tolist() == splits
+    assert datasets.load_labelled("csv", table).splits.tolist() == ["train", "valid", "test"]
     assert "not used: recordist\n" in capsys.readouterr().out
 
 
@@ -1723,7 +1724,7 @@ def test_names_of_audioset_clips(tmp_path, form):
     assert names(data) == ["-0RWZT-miFb"] and data.labels == [[0, 1]] and data.clips[0].samples == 16_000
     os.remove(tmp_path / f"{form.format('-0RWZT-miFb')}.wav")
     shutil.rmtree(tmp_path / "whole videos", ignore_errors=True)
-    with pytest.raises(InputError, match="none of the 12 recordings .* is there, such as -0RWZT-miFb; ffmpeg"):
+    with pytest.raises(InputError, match="none of the 12 recordings is there, such as -0RWZT-miFb; ffmpeg"):
         datasets.load_labelled("audioset-balanced", tmp_path)
 
 
@@ -1747,7 +1748,7 @@ def test_nothing_is_pre_trained_on_test_clips(tmp_path, call, capsys):
     call("datasets.py", "pack", tmp_path / "in", tmp_path / "out", "--data", "dcase2019")
     found = [name for part in datasets.open_unlabelled([tmp_path / "out"], 1.0) for name in names(part)]
     assert len(found) == 4 and all("-train-" in name for name in found)
-    assert "4 of 8 recordings are left out: shorter than a second, or test clips" in capsys.readouterr().out
+    assert "4 of 8 recordings left out: shorter than a second, or test clips" in capsys.readouterr().out
     assert ", 4 recordings to train on" in call(
         "pretrain.py", "--data", tmp_path / "out", "--updates", 1, "--batch-size", 2, "--seconds", 1, "--out",
         tmp_path / "run")
@@ -1755,7 +1756,7 @@ def test_nothing_is_pre_trained_on_test_clips(tmp_path, call, capsys):
 
 def test_recordings_too_short_to_learn_from_are_counted(tmp_path, capsys):
     datasets.open_unlabelled([pack_tones(tmp_path, 2, 0.5, 3, 0.9)], 1.0)
-    assert "2 of 4 recordings are left out: shorter than a second" in capsys.readouterr().out
+    assert "2 of 4 recordings left out: shorter than a second" in capsys.readouterr().out
 
 
 def test_a_set_of_which_nothing_can_be_read_is_refused(tmp_path):
@@ -1763,13 +1764,6 @@ def test_a_set_of_which_nothing_can_be_read_is_refused(tmp_path):
         write_wav(tmp_path / name)
         (tmp_path / name).write_text("not audio")
     with pytest.raises(InputError, match="none of the 2 recordings can be read: a/1.wav: not readable"):
-        datasets.load_labelled("folder", tmp_path)
-
-
-def test_too_many_hours_are_to_be_packed(tmp_path, monkeypatch):
-    mini_folder(tmp_path)
-    monkeypatch.setattr(datasets, "IN_MEMORY", 5 / 3600)
-    with pytest.raises(InputError, match="pack .* --data folder"):
         datasets.load_labelled("folder", tmp_path)
 
 
@@ -1804,7 +1798,7 @@ def test_fingerprint_tells_sets_apart():
 def parts(data, fold, *options):
     """The training and test set of these options, after a look that they share no clip and no group."""
     training, test = finetune.split(data, fold, finetune.parse(options))
-    assert not set(names(training)) & set(names(test)) and not set(training.groups) & set(test.groups)
+    assert not set(names(training)) & set(names(test)) and not units(training) & units(test)
     return training, test
 
 
@@ -1862,10 +1856,10 @@ def random_source(length):
     return datasets.ClipSet(clips, ["a"], seconds=10.0)
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2, 8])
+@pytest.mark.parametrize("workers", [1, 2, 8])
 def test_batches_do_not_depend_on_threads_processes_or_history(workers):
     source = random_source(lambda i: i + 1)
-    whole = list(datasets.batches(source, 4, 5, seed=3, samples=12, workers=0))
+    whole = list(datasets.batches(source, 4, 5, seed=3, samples=12, workers=1))
     assert sorted(np.concatenate([numbers for _, _, numbers in whole])[:10].tolist()) == list(range(10))
     halves = [list(datasets.batches(source, 4, 5, 3, first=2, rank=r, world=2, samples=12, workers=workers))
               for r in range(2)]
