@@ -39,7 +39,7 @@ def mixup(log_mel, partner, rand, partner_frames):
     """Eq. 2: mix each clip x with another one x', the label staying that of x.
 
     log_mel x and partner x' (B, T, 64); rand (B,) gives alpha by the inverse of the distribution
-    function of B(0.5, 0.5), sin^2(pi u / 2), and alpha >= 1 - alpha; partner_frames (B,): behind these
+    function of B(0.5, 0.5), sin^2(pi rand / 2), and alpha >= 1 - alpha; partner_frames (B,): behind these
     x' is padding, and x stays as it is. Returns (B, T, 64).
     """
     alpha = torch.sin(math.pi / 2 * rand).square()

@@ -99,13 +99,13 @@ class Convolution(nn.Module):
 class SelfAttention(nn.Module):
     """Each step gathers from all steps of its clip (Vaswani et al. 2017). (B, L, D) -> (B, L, D).
 
-    Raises ValueError where the width does not divide by the number of heads.
+    Raises ValueError where the width is not a multiple of the number of heads.
     """
 
     def __init__(self, dim, heads, dropout):
         super().__init__()
         if dim % heads:
-            raise ValueError(f"a width of {dim} does not divide by {heads} attention heads")
+            raise ValueError(f"a width of {dim} is not a multiple of {heads} attention heads")
         self.heads = heads
         self.norm = nn.LayerNorm(dim)
         self.query_key_value = nn.Linear(dim, 3 * dim)
@@ -125,7 +125,7 @@ class ConformerBlock(nn.Module):
 
     dim: the width D; `heads` attention heads; `ffn_dim` units in the feed-forward networks; `kernel` steps in
     the convolution; norm "group" or "batch", inside the convolution. Raises ValueError for a kernel that is
-    not odd, and a width that does not divide by the heads.
+    not odd, and a width that is not a multiple of the heads.
     """
 
     def __init__(self, dim, heads, ffn_dim, kernel, dropout, norm="group"):

@@ -47,7 +47,7 @@ class Clip(NamedTuple):
     labels: tuple = ()                  # names of its classes
     split: str = ""                     # "train", "valid", "test", or the fold whose test clip it is
     group: str = ""                     # clips of one group, cut from one recording perhaps, stay in one split
-    path: Path | None = None            # the recording; None where it is missing
+    path: Path | None = None            # the recording, until it is decoded; None where it is missing
     # Once it is decoded:
     samples: int = 0                    # its length at 16 kHz
     note: str = ""                      # in what way its decoding was not as expected
@@ -74,7 +74,7 @@ class Clip(NamedTuple):
 class ClipSet:
     """Clips, labelled or not.
 
-    clips: N of `Clip`, decoded; classes: C names; metric: its name; seconds: of the longest crop, for training.
+    clips: N of `Clip`, decoded; classes: C names; metric: what scores them; seconds: of the longest crop, for training.
     """
 
     def __init__(self, clips, classes=(), metric=None, seconds=None):
@@ -168,8 +168,8 @@ class ClipSet:
         return digest.hexdigest()
 
     def fingerprint(self):
-        """What to compare when numbers differ: clips, a hash of their names, labels and lengths, mean and standard
-        deviation of the log-mels (before normalisation) of 200 of them, of the first minute of each."""
+        """What to compare when numbers differ: clips, the beginning of `digest`, mean and standard deviation of the
+        log-mels (before normalisation) of 200 of them, of the first minute of each."""
         some = np.linspace(0, len(self) - 1, min(len(self), 200)).astype(int)
         frontend = LogMel()
         values = torch.cat([frontend(self.waveform(i)[None, :60 * SAMPLE_RATE])[0] for i in some])
@@ -256,13 +256,13 @@ UNKNOWN = 2_000_000_000     # bytes: what is written to a pipe has such a size i
 
 
 def open_audio(path):
-    """A recording opened by soundfile, the file below, the samples that its header promises or None; or InputError."""
+    """A recording opened by soundfile, the file it reads, the samples its header promises or None; or InputError."""
     try:
         content = open(path, "rb")                                              # noqa: SIM115
         file = soundfile.SoundFile(content)
         if file.frames == 0 and file.format in ("WAV", "WAVEX"):        # its recorder never wrote the length
             patched = bytearray(Path(path).read_bytes())
-            patched[4:8] = bytes([8, 0, 0, 0])                          # a sign for that which libsndfile knows
+            patched[4:8] = bytes([8, 0, 0, 0])                          # then libsndfile goes by the size of the file
             content = io.BytesIO(patched)
             file = soundfile.SoundFile(content)
         if file.subtype.startswith("MPEG_LAYER") and not tells_length(path):
@@ -321,7 +321,7 @@ def try_to_read(path):
 
 
 def read_clips(clips, skipped, workers=None):
-    """Decode clips on all cores, with a bar: yields (clip, waveform) of those that can be read, in order; `skipped`, a
+    """Decode clips in threads, with a bar: yields (clip, waveform) of those that can be read, in order; `skipped`, a
     list, gets a line for each other. Raises InputError where a file is in two splits, and where none can be read."""
     workers = torch.get_num_threads() if workers is None else workers
     results = in_threads(try_to_read, [clip.path for clip in clips], workers)
@@ -375,7 +375,7 @@ def walk(folder):
 
 
 def audio_files(folder):
-    """All recordings below a folder, sorted. Counts files of other endings aloud. Raises InputError where none is."""
+    """All recordings below a folder, sorted. Says how many files have other endings. Raises InputError if none is."""
     recordings, others = [], collections.Counter()
     for path in walk(folder):
         ending = path.suffix.lower()
@@ -526,7 +526,7 @@ def read_table(path, columns, delimiter=",", optional=()):
 def audioset(root, parts):
     """AudioSet (Gemmeke et al. 2017). parts: which `<part>_segments.csv` to train on.
 
-    Tools name a video's clip ID or YID, or that with its times behind: what has none may be the whole video beside it.
+    Files are named ID or YID, perhaps with the clip's times behind: those count, as without it may be the whole video.
     """
     files = Files(root)
     by_id = {}
@@ -634,10 +634,10 @@ def folder(root):
 
 def own_table(root):
     """Your own sounds in a table: columns file (its path from the table's folder), labels (separated by ;) and, if you
-    like, split (train, valid, test, or the number of a fold) and group (see `Clip`). Rows of a file add labels."""
+    like, split (train, valid, test, or the number of a fold) and group (see `Clip`). Rows of a file add up labels."""
     optional = ("split", "group")
     rows = read_table(root, ("file", "labels"), optional=optional)
-    if unused := rows and rows[0].keys() - {"file", "labels", *optional}:
+    if unused := (rows and rows[0].keys() - {"file", "labels", *optional}):
         say(f"{root}: not used: {', '.join(sorted(unused))}")
     clips = {}
     for row in rows:
@@ -645,7 +645,7 @@ def own_table(root):
         path = Path(os.path.normpath(Path(root).parent / name))
         if row["labels"].strip().startswith("["):
             raise InputError(f"{root}: {row['labels']} looks like a printed list: separate labels by ;, as in dog;rain")
-        labels = [name.strip() for name in row["labels"].split(";") if name.strip()]
+        labels = [label.strip() for label in row["labels"].split(";") if label.strip()]
         split = row.get("split", "").strip().lower()
         clip = Clip(name, (), split, row.get("group", "").strip(), path if path.is_file() else None)
         other = clips.setdefault(path, clip)
@@ -663,7 +663,7 @@ def settle_splits(clips):
         for clip in clips:
             other = first.setdefault(clip.unit, clip)
             if other.split != clip.split:
-                raise InputError(f"{other.name} ({other.split}) and {clip.name} ({clip.split}): one group in two splits")
+                raise InputError(f"{other.name} ({other.split}), {clip.name} ({clip.split}): one group in two splits")
         return clips
     tested = hold_out(clips, 5)
     if not tested:
@@ -672,10 +672,10 @@ def settle_splits(clips):
 
 
 def hold_out(clips, every):
-    """Names of groups to test on, a set: of each class one in `every`, rounded up, in order of a hash of their names,
-    but never the last that is left to train on.
+    """Names of groups to test on, a set: of each class one in `every`, rounded up, in order of a hash of their names;
+    each class keeps one group at least to train on.
 
-    A group counts for the rarest of its labels that others have; with one of its own it comes last, to be trained on.
+    A group counts for its rarest label, of those that other groups have too. With one that none has it comes last.
     """
     labels = collections.defaultdict(set)                           # of each group
     for clip in clips:
@@ -732,8 +732,8 @@ def read_tables(data, root):
         named, classes = reader(root)
     splits = {clip.split for clip in named}
     if not (splits <= {""} or splits <= {"train", "valid", "test"} or all(split.isdecimal() for split in splits)):
-        raise InputError(f"{root}: split must be train, valid or test, or the number of a fold, of all clips, "
-                         f"not {', '.join(split or '(none)' for split in sorted(splits))}")
+        raise InputError(f"{root}: split must be train, valid or test of all clips, or the number of a fold, or empty: "
+                         f"there are {', '.join(split or '(none)' for split in sorted(splits))}")
     clips = [clip for clip in named if clip.path]
     if not clips:
         example = f", such as {named[0].name}" if named else ""
@@ -776,7 +776,7 @@ def load_labelled(data, root=None, workers=None):
     counts = zip(result.classes, result.clips_by_class(), strict=True)
     say_some(f"{len(result.classes)} classes", [f"{name} {len(own)}" for name, own in counts], ", ")
     say_some("skipped", skipped)
-    say_some("not as long as they say", [f"{clip.name}: {clip.note}" for clip in clips if clip.note])
+    say_some("not as long as their headers say", [f"{clip.name}: {clip.note}" for clip in clips if clip.note])
     return result
 
 
@@ -1004,8 +1004,8 @@ def batches(source, batch_size, updates, seed, first=0, rank=0, world=1, workers
 def in_threads(function, items, workers):
     """What a function gives for each item, in order, worked out ahead by so many threads.
 
-    Threads, as what takes the time here, reading and decoding, leaves Python's lock to others: nothing has to be handed
-    from process to process. An error comes in place of its result.
+    Threads, as what takes the time here, reading and decoding, releases Python's lock: nothing has to be handed from
+    process to process. An error is raised where its result would come.
     """
     ahead = collections.deque()
     pool = ThreadPoolExecutor(workers)
@@ -1064,7 +1064,7 @@ def progress(steps, label, **options):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors; the docstring is the description."""
+    """argparse with one-line errors, and a description that is printed as it is laid out."""
 
     def __init__(self, **options):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
@@ -1138,14 +1138,14 @@ def main():
     """The command line: `pack` and `synth`."""
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("pack", help="decode a folder of recordings into one file")
-    command.add_argument("folder", help="recordings, in sub-folders too, or the root of a labelled set")
+    command = commands.add_parser("pack", help="decode recordings into a folder, for fast training")
+    command.add_argument("folder", help="recordings, in sub-folders too; with --data the root of the set, or the table")
     command.add_argument("out", help="folder to write, 115 MB an hour")
     command.add_argument("--data", choices=[name for name in READERS if name != "synth"], help="kind of labelled set")
-    command.add_argument("--workers", type=in_range(int, 1, 1024), help="threads that decode (as many as cores)")
+    command.add_argument("--workers", type=in_range(int, 1, 1024), help="threads that decode (as many as torch has)")
     command = commands.add_parser("synth", help="write synthetic clips as .wav and what is in them")
     command.add_argument("out", help="folder to write")
-    command.add_argument("--clips", type=in_range(int, 1, 10**6), default=10, help="(%(default)s)")
+    command.add_argument("--clips", type=in_range(int, 1, 10**6), default=10, help="how many (%(default)s)")
     args = parser.parse_args()
     if args.command == "pack":
         pack_folder(args)
@@ -1166,7 +1166,7 @@ def pack_folder(args):
     hours = sum(clip.samples for clip in packed) / SAMPLE_RATE / 3600
     print(f"{len(packed)} recordings, {hours:.2f} hours, in {args.out}")
     say_some(f"{len(header['skipped'])} skipped", header["skipped"], "\n  ")
-    say_some("not as long as they say", [f"{clip.name}: {clip.note}" for clip in packed if clip.note], "\n  ")
+    say_some("not as long as their headers say", [f"{clip.name}: {clip.note}" for clip in packed if clip.note], "\n  ")
 
 
 def write_synth(out, clips):
@@ -1178,7 +1178,7 @@ def write_synth(out, clips):
         soundfile.write(Path(out) / f"{i}.wav", waveform, SAMPLE_RATE)
         lines += [f"{i}.wav\t{onset:.2f}\t{offset:.2f}\t{kind}" for onset, offset, kind in events]
     (Path(out) / "events.tsv").write_text("\n".join(lines) + "\n")
-    print(f"{clips} clips, and when what sounds in them (events.tsv), in {out}")
+    print(f"{clips} clips, and when each event in them sounds (events.tsv), in {out}")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from pretrain import (add_running_options, all_reduce, autocast, compile_blocks,
                       load_checkpoint, load_encoder, resume, save_checkpoint, step_if_finite, training_bar)
 from wav2vec2 import SIZES, Wav2Vec2
 
-# ------------------------------------------------------------------------------------------------- the model and its loss
+# ------------------------------------------------------------------------------------------- the model and its loss
 
 
 def linear_softmax(logits, padding_mask=None):
@@ -66,7 +66,7 @@ def stats_over_time(x, padding_mask=None):
     return torch.cat([mean, (variance + 1e-6).sqrt()], 1)       # at 0 the gradient of sqrt is infinite
 
 
-# How a clip's embeddings become one vector: name of the head, function, width of its result over D.
+# How a clip's embeddings become one vector: name of the head, function, width of its result in units of D.
 POOLINGS = dict(mean=(mean_over_time, 1), stats=(stats_over_time, 2))
 
 
@@ -97,18 +97,18 @@ class Classifier(nn.Module):
         self.encoder.train(mode and not self.freeze)
         return self
 
-    def frame_logits(self, x, padding_mask=None):
-        """Embeddings (B, L, D), padding_mask (B, L) or None -> logits (B, L, C)."""
+    def frame_logits(self, x):
+        """Embeddings (B, L, D) -> logits (B, L, C); or a pooled clip, as one step: (B, 1, D or 2 D) -> (B, 1, C)."""
         if self.standardise is not None:
-            x = self.standardise(x, padding_mask)
+            x = self.standardise(x)
         return self.linear(self.dropout(x))
 
     def clip_logits(self, x, padding_mask=None):
         """The head: embeddings (B, L, D) and their padding mask (B, L) or None -> logits (B, C)."""
         if self.head == "frames":
-            return linear_softmax(self.frame_logits(x, padding_mask), padding_mask)
+            return linear_softmax(self.frame_logits(x), padding_mask)
         pooling, _ = POOLINGS[self.head]
-        return self.frame_logits(pooling(x, padding_mask)[:, None])[:, 0]           # a clip as a single step
+        return self.frame_logits(pooling(x, padding_mask)[:, None])[:, 0]
 
     def forward(self, log_mel, padding_mask=None):
         """log_mel (B, T, 64), padding_mask (B, T) or None -> logits (B, C), float32."""
@@ -167,7 +167,7 @@ def augment_batch(waveform, lengths, frontend, args, generator):
     versions = []
     for _ in range(2 if args.consistency else 1):
         rand = torch.rand(all_clips, 4, generator=generator)[own_clips].to(waveform.device)
-        order = torch.randperm(all_clips, generator=generator)[own_clips].argsort().argsort()       # of the own clips
+        order = torch.randperm(all_clips, generator=generator)[own_clips].argsort().argsort()     # ranks of own clips
         version = augment.jitter(waveform, rand[:, 0]) if "jitter" in args.augment else waveform
         log_mel = frontend(version, lengths)
         padding = padding_mask(lengths, log_mel)
@@ -195,11 +195,10 @@ def main():
         args.loss = "ce" if data.single_label and args.head != "frames" else "bce"
     if args.loss == "ce" and not data.single_label:
         raise InputError(f"--loss ce is for one label a clip; in {args.data} some have more or none: use bce")
-    start = f"from {args.init}" if init else f"{args.size or 'tiny'} from scratch"
-    say(f"on {device} x {world_size()}; {start}")
+    say(f"on {device} x {world_size()}, from {args.init or 'scratch'}")
     if args.fold == "all" and (folds := folds_of(data)):
         scores = [run(args, data, fold, init, device, Path(args.out) / f"fold{fold}") for fold in folds]
-        say(f"mean {data.metric} over {len(folds)} folds {np.mean(scores):.3f} (standard deviation {np.std(scores):.3f})")
+        say(f"mean {data.metric} over {len(folds)} folds {np.mean(scores):.3f} (deviation {np.std(scores):.3f})")
     else:
         run(args, data, args.fold, init, device, Path(args.out))
     leave()
@@ -208,7 +207,7 @@ def main():
 def run(args, data, fold, init, device, out):
     """One run, or the rest of it: train a model on all folds but `fold`, and test it on that. Returns its score."""
     training, test = split(data, fold, args)
-    measure(data.metric, torch.zeros(len(test), len(data.classes)), test)           # finds out early if it has no answer
+    measure(data.metric, torch.zeros(len(test), len(data.classes)), test)       # finds out early if it has no answer
     digest = data.digest()
     checkpoint = resume(args, out, "finetune.py", digest)
     if checkpoint and (out / "result.json").exists():
@@ -290,13 +289,13 @@ def build(args, training, init, device):
 
 
 def train(model, frontend, training, args, out, digest, checkpoint):
-    """Fine-tune in place, from the beginning or a checkpoint, into which `digest` goes. Raises as `step_if_finite`."""
+    """Fine-tune in place, from the beginning or from `checkpoint`; new ones keep `digest`. See `step_if_finite`."""
     device, world = frontend.mean.device, world_size()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=args.weight_decay,
                                   fused=device.type != "mps")
     done, skipped_in_a_row = 0, 0           # updates
-    if checkpoint:
+    if checkpoint:                          # in place of what `build` made
         model.load_state_dict(checkpoint["model"])
         frontend.load_state_dict(checkpoint["frontend"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -330,8 +329,8 @@ def train(model, frontend, training, args, out, digest, checkpoint):
 
 
 def backward(model, versions, padding, target, args):
-    """Gradients of a batch's loss, in micro-batches: versions (B, T, 64), padding mask (B, T) or None, target (B, C).
-    Returns the loss, a scalar."""
+    """Gradients of a batch's loss, in micro-batches: versions (B, T, 64) in a list, padding mask (B, T) or None, target
+    (B, C). Returns the loss, a scalar."""
     micro_batch = args.micro_batch or len(target)
     loss = torch.zeros((), device=target.device)
     for i in range(0, len(target), micro_batch):
@@ -387,7 +386,6 @@ def compute_logits(model, frontend, data, args, batch_seconds=320):
                 logits[numbers] = model.clip_logits(x[None]).cpu()
         bar.update(count)
     bar.close()
-    model.train()
     return logits
 
 
@@ -396,8 +394,10 @@ def compute_logits(model, frontend, data, args, batch_seconds=320):
 
 def run_inference(args):
     """--predict and --embed. Raises InputError at the end for recordings that can't be read."""
-    if args.embed and (not args.out or Path(args.out).exists()):
-        raise InputError("--embed needs --out, the .npy file to write, which must not be there yet")
+    if args.embed:
+        if not args.out or Path(args.out).exists():
+            raise InputError("--embed needs --out, the .npy file to write, which must not be there yet")
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     model, frontend, classes = load_run(args.init, find_device(args.device))
     if args.predict and not classes:
         raise InputError(f"{args.init}: is pre-trained only and knows no classes: fine-tune it first")
@@ -425,7 +425,7 @@ def run_inference(args):
 def load_run(run, device="cpu"):
     """A model to use: (Classifier in evaluation mode, frontend, names of the classes).
 
-    run: the folder of a run of finetune.py, or one of the .pt files in it. Of a run of pretrain.py it gives
+    run: the folder of a run of finetune.py, or its model.pt. Of a run of pretrain.py, or its checkpoint.pt, it gives
     (Wav2Vec2, frontend, []), good for embeddings. Raises InputError where it is none of these.
     """
     path = Path(run)
@@ -436,7 +436,7 @@ def load_run(run, device="cpu"):
         return model.to(device).eval(), frontend.to(device), []
     if "classes" not in content:
         raise InputError(f"{path}: is no finished model: name the run's folder, or continue the run by --resume")
-    with reading(path, "name the run's folder, or a model in it"):
+    with reading(path, "name the run's folder, or its model.pt"):
         classes, frontend = content["classes"], LogMel()
         encoder = Wav2Vec2(**content["settings"])
         model = Classifier(encoder, len(classes), content["head"], 0.0)
@@ -475,8 +475,8 @@ def encode_recording(path, model, frontend, layer=None):
 
 
 def embed(path, model, frontend):
-    """The embedding of a recording by the middle conformer block, as later ones are busy with the pre-training task: its
-    mean and standard deviation over time (2 D,)."""
+    """The embedding of a recording by the middle conformer block, as later ones are busy with the pre-training task:
+    its mean and standard deviation over time (2 D,)."""
     middle = (getattr(model, "encoder", model).settings["blocks"] + 1) // 2
     _, x = encode_recording(path, model, frontend, middle)
     return stats_over_time(x[None])[0].cpu().numpy()
@@ -538,15 +538,14 @@ RECIPES = {
 
 
 def parse(argv=None):
-    """The options, with what the data set leaves open filled in. Raises InputError for impossible options."""
-    parser = Parser(prog="finetune.py", description=__doc__, epilog="'By data set': see RECIPES in finetune.py.")
+    """The options, with what the data set leaves open filled in. Exits with 2 for options that don't fit."""
+    parser = Parser(prog="finetune.py", description=__doc__, epilog="(By data set): see RECIPES in finetune.py.")
     add = parser.add_argument_group("run").add_argument
     add("--init", nargs="?", const="runs/pretrain", metavar="RUN", help="start from this pre-training run (no name: "
         "runs/pretrain); without it, from scratch")
     add("--out", help="folder of this run (runs/finetune; from scratch runs/scratch)")
 
-    group = parser.add_argument_group("use a model, --init", "The folder of a run.")
-    use = group.add_mutually_exclusive_group().add_argument
+    use = parser.add_argument_group("use a model (--init: runs/finetune)").add_mutually_exclusive_group().add_argument
     use("--predict", nargs="+", metavar="SOUND", help="print the five most probable classes of each recording and, for "
         "models with the head 'frames', when each is heard")
     use("--embed", nargs="+", metavar="SOUND", help="write a row for each recording into --out (.npy): mean and "
@@ -558,9 +557,9 @@ def parse(argv=None):
         "(train, valid, test or the number of a fold) and group (of clips that stay together) (%(default)s)")
     add("--root", help="where the set lies, in its official layout or packed; for csv the table")
     add("--fold", help="of sets with folds, the one to test on, or 'all', one after the other (1)")
-    add("--fraction", type=in_range(float, 1e-6, 1), default=1.0, help="of each class's training clips (%(default)s)")
-    add("--balance", action=argparse.BooleanOptionalAction, help="draw all classes equally often (Sec. 4.1; audioset)")
-    add("--seconds", type=in_range(float, 0.1, 3600), help="of longer clips, train on random crops (by data set)")
+    add("--fraction", type=in_range(float, 1e-6, 1), default=1.0, help="of the training clips, by class (%(default)s)")
+    add("--balance", action=argparse.BooleanOptionalAction, help="draw classes equally often (Sec. 4.1; audioset: on)")
+    add("--seconds", type=in_range(float, 0.1, 3600), help="length of the random crops of longer clips (by data set)")
     add("--validate", action="store_true", help="score validation clips instead of test clips, for choosing options: "
         "those of the set, else the next fold, else a tenth of the training clips, which is held out")
 
@@ -574,7 +573,7 @@ def parse(argv=None):
     add = parser.add_argument_group("optimisation (Sec. 4)").add_argument
     add("--updates", type=in_range(int, 1, 10**9), help="(by data set)")
     add("--batch-size", type=in_range(int, 1, 10**6), help="clips in an update, over all processes (by data set). "
-        "Small sets are trained in one process: the head 'stats' standardises over a process's own clips")
+        "Train small sets in one process: the head 'stats' standardises over a process's own clips")
     add("--lr", type=in_range(float, 1e-12, 1e6), help="peak learning rate (by data set)")
     add("--loss", choices=["bce", "ce"], help="binary cross-entropy; for one label a clip cross-entropy (by data set)")
     add("--augment", nargs="*", choices=["jitter", "time_mask", "mixup"], metavar="NAME", help="those of jitter, "

@@ -68,8 +68,8 @@ def padding_mask(lengths, log_mel):
 class LogMel(nn.Module):
     """Normalised log-mel spectrogram.
 
-    waveform (B, S), float in [-1, 1] or int16, and lengths (B,) in samples, at least 1, where zeros pad it (None:
-    nowhere)  ->  log-mels (B, T, 64), float32, T = max(S // 320, 1).
+    waveform (B, S), float in [-1, 1] or int16; lengths (B,), its samples before padding by zeros, at least 1 (None:
+    all)  ->  log-mels (B, T, 64), float32, T = max(S // 320, 1).
 
     Each waveform is first shifted to a mean of 0 and scaled to a root mean square of 1 (as in fairseq's wav2vec 2.0
     "large"): the offset of a sound card and how loud a recording is say little about what is in it, yet loudness would
@@ -127,8 +127,8 @@ def resample(waveform, from_rate, to_rate):
     """Change the sample rate by band-limited interpolation; nothing is shifted in time.
 
     waveform (..., S) float at `from_rate` Hz -> (..., ceil(S * to_rate / from_rate)) at `to_rate`. An output sample is
-    the input convolved with a low-pass filter that is centred on the sample's own time, see `low_pass`. Where the
-    output falls between the input samples repeats with a cycle of to_rate / gcd outputs, so few filters serve a whole
+    the input convolved with a low-pass filter that is centred on the sample's own time, see `low_pass`. The
+    offsets of outputs from inputs repeat with a cycle of to_rate / gcd outputs, so that few filters serve a whole
     recording (polyphase): a matrix product of windows of input and filters. Rates are whole numbers.
     """
     if from_rate == to_rate or waveform.shape[-1] == 0:
@@ -156,11 +156,11 @@ ZERO_CROSSINGS = 64     # of a filter, on either side
 ATTENUATION = 80.0      # dB, of what would alias
 
 
-@functools.lru_cache(64)        # of one rate all recordings have the same
+@functools.lru_cache(64)        # recordings of one rate share their filters
 def low_pass(step, phases, start, reach):
     """The filters for outputs `start` to `start + 128` of a cycle that takes `step` inputs to `phases` outputs: a sinc
     of 64 zero crossings on either side under a Kaiser window (Kaiser 1974), which damps what would alias by 80 dB; its
-    transition is 8% of the lower rate's Nyquist frequency. Returns the input with which they begin, and (taps, 128)."""
+    transition is 8% of the lower rate's Nyquist frequency. Returns where in `padded` they begin, and (taps, 128)."""
     lower = min(1.0, phases / step)                                     # the lower of the rates, over from_rate
     transition = (ATTENUATION - 8) / (2.285 * math.pi * 2 * ZERO_CROSSINGS)
     cutoff = lower * (1 - transition / 2)

@@ -10,7 +10,7 @@ import torch
 
 
 def _arrays(scores, labels):
-    """Both as numpy arrays on the CPU. Raises ValueError for scores of NaN."""
+    """Both as numpy arrays on the CPU, labels of booleans. Raises ValueError for scores of NaN."""
     scores, labels = (torch.as_tensor(x).detach().cpu().double().numpy() for x in (scores, labels))
     if np.isnan(scores).any():
         raise ValueError("there are scores that are not a number")

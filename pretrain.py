@@ -70,7 +70,7 @@ def main():
 
 
 def train(model, frontend, source, held_out, args, digest, checkpoint):
-    """Pre-train in place, from the beginning or a checkpoint, into which `digest` goes. Raises as `step_if_finite`."""
+    """Pre-train in place, from the beginning or from `checkpoint`; new ones keep `digest`. See `step_if_finite`."""
     device, world = frontend.mean.device, world_size()
     parameters = [p for p in model.parameters() if p.requires_grad]
     # Adam with decoupled weight decay, as in fairseq (Sec. 2.3).
@@ -105,7 +105,7 @@ def train(model, frontend, source, held_out, args, digest, checkpoint):
         sums["gradient_norm"] = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         sums = fetch(sums)                                                              # waits for the device, once
         skipped_in_a_row = step_if_finite(optimizer, sums, skipped_in_a_row, source.clips[numbers[0]])
-        skipped += skipped_in_a_row > 0
+        skipped += bool(skipped_in_a_row)
 
         done = update + 1
         checkpoint_due = done % args.checkpoint_every == 0 or done == args.updates
@@ -120,8 +120,8 @@ def train(model, frontend, source, held_out, args, digest, checkpoint):
 
 
 def backward(model, frontend, waveform, lengths, rand, args):
-    """Gradients of the loss, summed over the masked steps of a batch, that is, of its micro-batches and of all
-    processes. Returns the sums of `Wav2Vec2.forward`, added up likewise."""
+    """Gradients of the loss, summed over the masked steps of a batch (DDP: of all processes, divided by their number).
+    Returns the sums of `Wav2Vec2.forward`, added up over micro-batches and processes."""
     device = frontend.mean.device
     micro_batch = args.micro_batch or len(waveform)
     sums = collections.Counter()                    # adds up
@@ -148,7 +148,7 @@ def build(args, checkpoint, source, device):
             model, frontend = Wav2Vec2(args.size, **changes), LogMel()
         except ValueError as error:
             raise InputError(str(error)) from None
-        sample = batches(source, 32, 16, args.seed, workers=args.workers)
+        sample = batches(source, batch_size=32, updates=16, seed=args.seed, workers=args.workers)
         frontend.fit_normalization((waveform, lengths) for waveform, lengths, _ in
                                    progress(sample, "mean and deviation"))
     if args.compile:
@@ -201,7 +201,7 @@ class Log:
                 file.write(json.dumps(dict(update=update, **figures)) + "\n")
 
     def update(self, done, sums, lr, skipped, due):
-        """Log the `done`-th update: its sums, or None where it was left out; every --log-every updates or if `due`."""
+        """Count in the `done`-th update (sums None: skipped); write a line if `due`, or every --log-every updates."""
         self.bar.update()
         if sums:
             self.sums.update(sums, updates=1)
@@ -229,12 +229,12 @@ def parse(argv=None):
     count = in_range(int, 1, 10**9)
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", default=["synth"], help="'synth', or folders that `datasets.py pack` wrote (synth)")
-    add("--seconds", type=in_range(float, 1, 3600), help="of a crop, in which distractors lie (tiny: 5, else 10)")
+    add("--seconds", type=in_range(float, 1, 3600), help="length of a crop, and so of context (tiny: 5, else 10)")
     add("--batch-size", type=in_range(int, 1, 10**6), help="crops in an update, of all processes (tiny: 32, else 256)")
     add("--out", default="runs/pretrain", help="folder of this run (%(default)s)")
     add("--log-every", type=count, default=10, help="updates between two lines of the log (%(default)s)")
 
-    add = parser.add_argument_group("model", "Settings of the size that can be changed.").add_argument
+    add = parser.add_argument_group("model", "--size sets all of these; each can be changed by itself.").add_argument
     add("--size", choices=SIZES, default="tiny", help="small and large are the paper's (%(default)s)")
     for name, text in (
             ("dim", "D, width of the conformer"), ("blocks", "conformer blocks (Fig. 2b)"),
@@ -276,12 +276,12 @@ def add_running_options(parser):
     """The options that pre-training and fine-tuning have in common."""
     add, count = parser.add_argument_group("running").add_argument, in_range(int, 1, 10**9)
     add("--resume", action="store_true", help="continue from the checkpoint in --out; start where there is none yet")
-    add("--checkpoint-every", type=count, help="updates a kill costs at most (500; to pre-train tiny 100, else 5000)")
-    add("--seed", type=in_range(int, 0, 2**63 - 1), default=0, help="of crops, masks and first weights (%(default)s)")
-    add("--device", choices=["cpu", "cuda", "mps"], help="(the best there is)")
-    add("--dtype", choices=["fp32", "bf16"], help="bf16 halves memory and time on hardware for it (bf16 on CUDA)")
+    add("--checkpoint-every", type=count, help="updates between checkpoints (500; to pre-train tiny 100, else 5000)")
+    add("--seed", type=in_range(int, 0, 2**63 - 1), default=0, help="of all that is random (%(default)s)")
+    add("--device", choices=["cpu", "cuda", "mps"], help="where to compute (the best there is)")
+    add("--dtype", choices=["fp32", "bf16"], help="bf16 halves memory and time where supported (CUDA: bf16, else fp32)")
     add("--compile", action="store_true", help="torch.compile the blocks: on a GPU large is 1.6 times as fast")
-    add("--workers", type=in_range(int, 1, 1024), help="threads that read data (with a GPU 2, else 1)")
+    add("--workers", type=in_range(int, 1, 1024), help="threads that read batches (with a GPU 2, else 1), or decode")
     add("--micro-batch", type=count, help="clips that go through the model at once: fewer need less memory (all)")
     add("--weight-decay", type=in_range(float, 0, 1e6), default=0.01, help="more regularises more (%(default)s)")
 
@@ -300,9 +300,8 @@ def resume(args, out, script, data):
     if checkpoint:
         for name, before in checkpoint["args"].items():
             if name not in MAY_CHANGE and getattr(args, name, before) != before:
-                option = f"--{name.replace('_', '-')}"
-                given = f"without {option}" if before is None else f"with {option} {before}"
-                raise InputError(f"{out} was started {given}: do so again, or name another --out")
+                option = f"--{name.replace('_', '-')} was {before}, not {getattr(args, name)}"
+                raise InputError(f"{out} was started otherwise ({option}): do as then, or name another --out")
         if checkpoint["data"] != data:
             raise InputError(f"{out} was started with other recordings, labels or splits, or in another order")
     out.mkdir(parents=True, exist_ok=True)          # now that all have looked
@@ -317,7 +316,7 @@ def init_distributed(args):
     device, world = find_device(args.device), world_size()
     local_batch = args.batch_size // world
     if args.batch_size % world or local_batch % (args.micro_batch or local_batch):
-        raise InputError(f"--batch-size {args.batch_size} does not divide by {world} processes and --micro-batch")
+        raise InputError(f"--batch-size {args.batch_size} is not a multiple of {world} processes times --micro-batch")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
@@ -375,21 +374,21 @@ def load_checkpoint(run, script=None):
 def load_encoder(checkpoint):
     """The model of a checkpoint of pretrain.py, and its frontend. Raises InputError for one of another version."""
     with reading(checkpoint["path"], "use another, or the version of this code that wrote it"):
-        model, frontend = Wav2Vec2(**checkpoint["settings"]), LogMel()      # the settings are complete: no size counts
+        model, frontend = Wav2Vec2(**checkpoint["settings"]), LogMel()      # settings are complete, so no size counts
         model.load_state_dict(checkpoint["model"])
         frontend.load_state_dict(checkpoint["frontend"])
     return model, frontend
 
 
 def step_if_finite(optimizer, figures, skipped_in_a_row, clip):
-    """A step of the optimiser, skipped where a figure of the update is not finite. Returns how many updates in a row
-    were skipped, so many before this one. Raises InputError after ten, naming a clip of the batch."""
+    """A step of the optimiser, skipped where a figure of the update is not finite. Returns how many in a row are now
+    skipped; `skipped_in_a_row` were before. Raises InputError at ten, naming a clip of the batch."""
     finite = all(map(math.isfinite, figures.values()))
     if finite:
         optimizer.step()
     optimizer.zero_grad()
     if not finite and skipped_in_a_row == 9:
-        raise InputError(f"ten updates in a row, now with {clip.name}, ... not finite: lower --lr, or check the data")
+        raise InputError(f"ten updates in a row, now with {clip.name}, ..., are not finite: lower --lr, check the data")
     return 0 if finite else skipped_in_a_row + 1
 
 

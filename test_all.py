@@ -560,7 +560,8 @@ def test_a_clip_gives_the_same_sums_padded():
     model = Wav2Vec2("tiny", **SMALL).eval()
     log_mel, rand = torch.randn(1, 80, 64), torch.rand(1, 30, 101)
     loss, sums = model(log_mel, rand=rand[:, :20])
-    padded_loss, padded_sums = model(torch.cat([log_mel, torch.randn(1, 40, 64)], 1), torch.arange(120)[None] >= 80, rand)
+    longer = torch.cat([log_mel, torch.randn(1, 40, 64)], 1)
+    padded_loss, padded_sums = model(longer, torch.arange(120)[None] >= 80, rand)
     assert pretrain.fetch(padded_sums) == pytest.approx(pretrain.fetch(sums), abs=1e-4, rel=1e-4)
     torch.testing.assert_close(padded_loss, loss, atol=1e-5, rtol=1e-5)
 
@@ -611,10 +612,11 @@ def test_silence_is_reported_and_harmless():
 
 
 def test_collapse_is_warned_of():
-    healthy = dict(latent_std=0.6, latent_cosine=0.6, duplicates=0.5, accuracy=0.13, chance=0.1)
+    healthy = dict(masked=0.3, latent_std=0.6, latent_cosine=0.6, duplicates=0.5, accuracy=0.13, chance=0.1)
     assert wav2vec2.collapse_warning(healthy) is None
     for change, share, word in ((dict(latent_std=0.009), 0, "collapsed"), (dict(latent_cosine=0.991), 0, "collapsed"),
-                                (dict(duplicates=0.51), 0, "silence"), (dict(accuracy=0.11), 0.11, "guessing")):
+                                (dict(duplicates=0.51), 0, "silence"), (dict(accuracy=0.11), 0.11, "guessing"),
+                                (dict(masked=0, latent_std=0), 0, "long enough to mask")):
         assert word in wav2vec2.collapse_warning({**healthy, **change}, share)
     assert wav2vec2.collapse_warning({**healthy, "accuracy": 0.11}, 0.1) is None
 
@@ -696,7 +698,7 @@ def test_defaults_are_the_papers():
     assert (args.batch_size, args.head, args.balance) == (640, "frames", True)
     assert set(args.augment) == {"jitter", "time_mask", "mixup"} and args.consistency == 2 and args.loss == "bce"
     assert finetune.parse(["--data", "magnatagatune"]).batch_size == 64
-    for data, updates, seconds in (("synth", 1000, 5), ("esc10", 400, 3)):              # with which the README was measured
+    for data, updates, seconds in (("synth", 1000, 5), ("esc10", 400, 3)):      # with which the README was measured
         args = finetune.parse(["--data", data])
         assert (args.updates, args.seconds, args.batch_size, args.lr) == (updates, seconds, 16, 1e-3)
         assert (args.head, args.augment, args.consistency, args.head_dropout) == ("stats", ["jitter"], 0, 0.1)
@@ -1034,7 +1036,7 @@ REAL_FILES = {
        for size in (0x7FFFF000, 2_000_000_000, 0xFFFFFFFF)},
     **{f"wav of a recorder that crashed, {riff}": ("wav", {}, lambda b, riff=riff: with_bytes(with_bytes(
         b, b"data", little(0)), 4, little(riff)), 5, "") for riff in (0, 8, 36, 441_036)},
-    "wavex of a recorder that crashed": ("wav", dict(format="WAVEX"), lambda b: with_bytes(b, b"data", bytes(4)), 5, ""),
+    "wavex of a crashed recorder": ("wav", dict(format="WAVEX"), lambda b: with_bytes(b, b"data", bytes(4)), 5, ""),
     "wav with a header too large": ("wav", {}, lambda b: with_bytes(b, b"data", little(441_010)), 5, ""),
     "wav of over 4 GiB": ("wav", {}, lambda b: with_bytes(b, b"data", little(88_200)), 1, "ends after 1.0 s, 20% .*"),
     "two mp3s in one": ("mp3", {}, lambda b: b + b, 5, "ends after 5.0 s, 50% of the file"),
@@ -1492,8 +1494,8 @@ def test_each_data_set_is_trained_on_as_it_lies_on_disk(tmp_path, name, call):
     ("folder", "data", "stats", "ce"), ("folder", "data", "frames", "bce"), ("csv", "data/mine.csv", "stats", "bce")])
 def test_own_sets_get_cross_entropy_where_a_clip_has_one_label(tmp_path, name, root, head, loss, call):
     MINIATURES[name](tmp_path / "data")
-    options = ["finetune.py", "--data", name, "--root", tmp_path / root, "--head", head, "--updates", 1, "--batch-size", 4,
-               "--out", tmp_path / "run", "--resume"]
+    options = ["finetune.py", "--data", name, "--root", tmp_path / root, "--head", head, "--updates", 1, "--batch-size",
+               4, "--out", tmp_path / "run", "--resume"]
     call(*options)
     assert result(tmp_path / "run")["args"]["loss"] == loss
     assert "as it was" in call(*options)
@@ -1565,10 +1567,10 @@ REFUSED = [     # a table, and what is said of it
     (GROUP + "1.wav,a,1,\ncopy1.wav,a,2,", "1.wav and copy1.wav are one sound in two splits"),
     (GROUP + "1.wav,a,train,\ncopy1.wav,b,train,", "1.wav and copy1.wav are one sound in two .*labels"),
     (GROUP + "1.wav,a,train,A\ncopy1.wav,a,train,B", "1.wav and copy1.wav are one sound in two .*groups"),
-    (GROUP + "1.wav,a,train,x\n2.wav,a,test,x", "1.wav .train. and 2.wav .test.: one group in two splits"),
+    (GROUP + "1.wav,a,train,x\n2.wav,a,test,x", "1.wav .train., 2.wav .test.: one group in two splits"),
     (SPLIT + "1.wav,,train\n2.wav,,test", "its clips have no labels"),
     (SPLIT + "1.wav,a,²\n2.wav,b,1", "split must be train"),
-    (SPLIT + "1.wav,a,train\n2.wav,b,", "of all clips, not .none., train"),
+    (SPLIT + "1.wav,a,train\n2.wav,b,", "there are .none., train"),
     (SPLIT.replace(",", ";") + "1.wav;a;train", "no column file, labels among file;labels;split; .* commas"),
     ("file,labels\n1.wav,a\n2.wav,b", "no class has two recordings"),
     ("file,labels\n1.wav,\"['dog', 'x']\"", "looks like a printed list: separate labels by ;"),
@@ -1592,13 +1594,13 @@ def test_tables_that_can_not_be_right_are_refused(tmp_path, table, message):
 @pytest.mark.parametrize("other", "ab")
 def test_training_on_one_class_is_refused(tmp_path, call, other):
     table = write_table(tmp_path, "1.wav,a,train", f"2.wav,{other},test")
-    assert "all of one class" in call("finetune.py", "--data", "csv", "--root", table, "--out", tmp_path / "run", code=2)
+    assert "of one class" in call("finetune.py", "--data", "csv", "--root", table, "--out", tmp_path / "run", code=2)
 
 
 def test_every_label_that_two_recordings_have_is_tested(tmp_path):
     """13 of them, of which each recording has two: it counts for the rarer one."""
     rows = [f"{i}.wav,{'abcdefghijklm'[i % 13]};{'abcdefghijklm'[i * i % 13]}" for i in range(60)]
-    data = datasets.load_labelled("csv", write_table(tmp_path, *rows, columns=" file , labels "))   # blanks are harmless
+    data = datasets.load_labelled("csv", write_table(tmp_path, *rows, columns=" file , labels "))  # blanks do no harm
     tested = data.targets(np.flatnonzero(data.splits == "test")).sum(0)
     trained = data.targets(np.flatnonzero(data.splits == "train")).sum(0)
     assert len(data.classes) == 13 and (tested > 0).all() and (trained > 0).all()
@@ -1663,7 +1665,8 @@ def test_folders_of_splits_are_no_classes(tmp_path, folders, refused):
 def test_classes_are_printed_with_their_clips(tmp_path, capsys):
     """All of them, or the first and last few."""
     for i in range(12):
-        write_wav(tmp_path / ("steps" if i < 5 else "dog" if i < 8 else f"{i}") / f"{i}.wav", 0.3, frequency=200 + 50 * i)
+        name = "steps" if i < 5 else "dog" if i < 8 else f"{i}"
+        write_wav(tmp_path / name / f"{i}.wav", 0.3, frequency=200 + 50 * i)
     datasets.load_labelled("folder", tmp_path)
     assert "6 classes: 10 1, 11 1, 8 1, 9 1, dog 3, steps 5\n" in capsys.readouterr().out
     for i in range(12, 18):
@@ -1811,8 +1814,8 @@ def test_a_tenth_of_each_class_is_for_validation(classes, clips, clips_a_group, 
 
 @pytest.mark.parametrize("workers", [1, 2, 8])
 def test_batches_do_not_depend_on_threads_processes_or_history(workers):
-    clips = [datasets.Clip(str(i), ("a",), samples=i + 1, audio=np.random.default_rng(i).integers(-9, 9, i + 1, np.int16))
-             for i in range(10)]
+    rng = np.random.default_rng(0)
+    clips = [datasets.Clip(str(i), ("a",), samples=i + 1, audio=rng.integers(0, 9, i + 1, np.int16)) for i in range(10)]
     source = datasets.ClipSet(clips, ["a"], seconds=10.0)       # labelled, so that an epoch has each clip once
     whole = list(datasets.batches(source, 4, 5, seed=3, samples=12, workers=1))
     assert sorted(np.concatenate([numbers for _, _, numbers in whole])[:10].tolist()) == list(range(10))
@@ -1975,7 +1978,7 @@ FULL = OSError(28, "No space left on device")
 
 @pytest.mark.parametrize("script, owner, name, counts, error", [
     ("pretrain.py", pretrain, "learning_rate", (4, 13, 19), Killed),            # in updates 3, 8 and 13
-    ("pretrain.py", os, "replace", (3, 4), Killed),         # writing the second checkpoint; rewriting the log for a resume
+    ("pretrain.py", os, "replace", (3, 4), Killed),         # writing the second checkpoint; the log for a resume
     ("pretrain.py", os, "fsync", (3,), FULL),
     ("finetune.py", finetune, "three_stage_lr", (4, 5, 12, 21), Killed),        # in several of the five folds
     ("finetune.py", finetune, "compute_logits", (1, 3), Killed)])               # trained, not yet tested
@@ -2022,14 +2025,15 @@ def test_a_run_is_not_overwritten_nor_changed(pretrained, finetuned, tmp_path, c
     options, folder = pretrained
     message = call("pretrain.py", *options, "--out", folder, code=2)
     assert "--resume" in message and "--out" in message
-    for change, word in ((["--dim", 32], "--dim 16"), (["--seed", 1], "--seed 0"), (["--data", "synth"], "recordings")):
+    for change, word in ((["--dim", 32], "--dim was 16, not 32"), (["--seed", 1], "--seed was 0, not 1"),
+                         (["--data", "synth"], "recordings")):
         assert word in call("pretrain.py", *options, "--out", folder, "--resume", *change, code=2)
     shutil.copytree(folder, tmp_path / "moved")                 # a run that was moved goes on where it is
     call("pretrain.py", *options, "--out", tmp_path / "moved", "--resume")
     args = result(finetuned)["args"]
     options = ["--data", "esc50", "--root", args["root"], "--init", args["init"], "--head", "frames", "--batch-size", 6,
                "--lr", 3e-3, "--augment", "--consistency", 0, "--out", finetuned, "--resume"]
-    assert "--updates 20" in call("finetune.py", *options, "--updates", 40, code=2)
+    assert "--updates was 20, not 40" in call("finetune.py", *options, "--updates", 40, code=2)
     call("finetune.py", *options, "--updates", 20)
     table = Path(args["root"]) / "meta" / "esc50.csv"
     whole = table.read_text()
@@ -2144,7 +2148,7 @@ def test_a_recording_that_can_not_be_read_ends_the_run_in_a_line(pretrained, tmp
     monkeypatch.setattr(pretrain, "build", damage)
     message = call("pretrain.py", "--data", tmp_path / "packed", *pretrained[0][2:], "--workers", 2, "--out",
                    tmp_path / "run", code=2)
-    assert re.search(r"audio.int16(, \d.flac: damaged.*not all of it is there.*|: no such file; )pack it again\n", message)
+    assert re.search(r"audio.int16(, \d.flac: damaged.*not all of it is there.*|: no such file; )pack it a", message)
 
 
 @pytest.mark.parametrize("digest, updates, code", [("same", 6, 0), ("other", 6, 2), ("same", None, 2)])
@@ -2160,7 +2164,8 @@ def test_processes_that_found_another_checkpoint_or_other_data_are_refused(pretr
     def start(rank):
         os.environ.update(RANK=str(rank), WORLD_SIZE="2")
         torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=rank, world_size=2)
-        datasets.run_script(lambda: pretrain.resume(args, tmp_path / str(rank), "pretrain.py", digest if rank else "same")
+        data = digest if rank else "same"
+        datasets.run_script(lambda: pretrain.resume(args, tmp_path / str(rank), "pretrain.py", data)
                             and torch.distributed.barrier())
     assert fork(start, 2) == [code] * 2
 
@@ -2273,8 +2278,8 @@ def test_no_tensor_is_made_on_the_wrong_device(padded, monkeypatch):
 def test_fine_tuning_over_folds_from_a_checkpoint(pretrained, esc50, tmp_path, call):
     for number, options in enumerate((["--loss", "ce"], ["--head", "frames", "--consistency", 0])):
         out = tmp_path / f"run{number}"
-        printed = call("finetune.py", *esc50, "--init", pretrained[1], "--fold", "all", "--fraction", 0.5, "--updates", 3,
-                       "--validate", "--out", out, *options)
+        printed = call("finetune.py", *esc50, "--init", pretrained[1], "--fold", "all", "--fraction", 0.5, "--updates",
+                       3, "--validate", "--out", out, *options)
         assert printed.count("mean accuracy over 5 folds") == 1 and printed.count(" on 6 validation clips") == 5
         found = [result(out / f"fold{fold}") for fold in range(1, 6)]
         assert [int(one["train"].split()[0]) for one in found] == [9] * 5 and found[0]["args"]["loss"] == (
@@ -2357,8 +2362,8 @@ def test_runs_give_the_figures_they_gave_when_the_readme_was_measured(pretrained
     table = write_table(tmp_path, *(f"{i}.wav,{'ab'[i % 2]},train" for i in range(4)), "4.wav,a,test")
     fetched = spy(monkeypatch, finetune, "fetch")
     for loss in ("bce", "ce"):
-        call("finetune.py", "--data", "csv", "--root", table, "--init", pretrained[1], "--updates", 3, "--batch-size", 4,
-             "--augment", "jitter", "time_mask", "mixup", "--consistency", 2, "--head-dropout", 0, "--loss", loss,
+        call("finetune.py", "--data", "csv", "--root", table, "--init", pretrained[1], "--updates", 3, "--batch-size",
+             4, "--augment", "jitter", "time_mask", "mixup", "--consistency", 2, "--head-dropout", 0, "--loss", loss,
              "--out", tmp_path / loss)
     assert [figures["loss"] for _, figures in fetched] == pytest.approx(
         [0.94386, 0.83773, 0.95520, 1.34640, 0.78429, 1.20768], abs=2e-4)
@@ -2421,10 +2426,11 @@ def test_embeddings_of_any_run(finetuned, pretrained, tmp_path, monkeypatch, cal
     for k, sound in enumerate(sounds):
         write_wav(sound, 1 + k, frequency=300 + 400 * k)
     for start, name in ((finetuned, "tuned"), (pretrained[1], "pretrained")):
-        options = ["finetune.py", "--embed", *sounds, sounds[0], "--init", start, "--out", tmp_path / f"{name}.npy"]
+        out = tmp_path / "new" / f"{name}.npy"
+        options = ["finetune.py", "--embed", *sounds, sounds[0], "--init", start, "--out", out]
         call(*options)
         assert "must not be there yet" in call(*options, code=2)
-        rows = np.load(tmp_path / f"{name}.npy")
+        rows = np.load(out)
         assert rows.shape == (3, 32) and np.array_equal(rows[0], rows[2])       # a row for each argument
         model, frontend, _ = finetune.load_run(start)
         encoder = getattr(model, "encoder", model)
@@ -2512,7 +2518,7 @@ class Evil:
     ("pretrain.py", "--batch-size 1000000000", "--batch-size"),
     ("pretrain.py", "--batch-size 0", "--batch-size"),
     ("pretrain.py", "--batch-size many", "invalid int value"),
-    ("pretrain.py", "--batch-size 6 --micro-batch 4", "does not divide"),
+    ("pretrain.py", "--batch-size 6 --micro-batch 4", "is not a multiple"),
     ("pretrain.py", "--lr nan", "--lr"),
     ("pretrain.py", "--out TEXT", "is there already"),
     ("pretrain.py", "--kernel 4", "kernel"),
@@ -2580,7 +2586,7 @@ def test_interrupting_ends_in_a_line_whatever_threads_do(monkeypatch, capfd):
 
 @pytest.mark.parametrize("error, message", [
     (MemoryError(), "out of memory: give a smaller"), (torch.OutOfMemoryError(), "out of memory: give a smaller"),
-    (RuntimeError("InvalidCxxCompiler: No working C++ compiler found in ...\nand more"), "--compile found no C++ compiler"),
+    (RuntimeError("InvalidCxxCompiler: No working C++ compiler found in ...\nand more"), "found no C++ compiler"),
     (RuntimeError("Cannot find a working triton installation\n"), "no Triton for the GPU")])
 def test_what_is_missing_is_said_in_a_line(monkeypatch, call, error, message):
     def fail():
