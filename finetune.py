@@ -515,9 +515,8 @@ def predict(path, model, frontend, classes, threshold=0.5):
 # ours                  0.671 / 0.593      0.942 / 0.889  0.798 / 0.700  0.860 / 0.813
 # the paper's           0.526 / 0.508      0.808 / 0.728  0.697 / 0.677  0.785 / 0.753
 # twice the updates     0.679 / 0.602      0.955 / 0.921  0.778 / 0.740  0.853 / 0.838
-DEFAULTS = dict(updates=2000, batch_size=32, lr=5e-4, seconds=10.0, head="mean", head_dropout=0.1,
-                balance=False, augment=["jitter", "time_mask", "mixup"], consistency=2.0, loss="bce",
-                checkpoint_every=500)
+DEFAULTS = dict(batch_size=32, lr=5e-4, seconds=10.0, head="mean", head_dropout=0.1, balance=False, loss="bce",
+                augment=["jitter", "time_mask", "mixup"], consistency=2.0, checkpoint_every=500)
 FEW_LABELS = dict(updates=1000, batch_size=16, lr=1e-3, seconds=5.0, head="stats", augment=["jitter"], consistency=0.0,
                   loss=None)            # see `main`
 RECIPES = {

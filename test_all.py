@@ -696,6 +696,7 @@ def test_defaults_are_the_papers():
         assert (args.batch_size, args.seconds, args.checkpoint_every) == (256, 10, 5000)        # the README's
     args = finetune.parse(["--data", "audioset"])
     assert (args.batch_size, args.head, args.balance) == (640, "frames", True)
+    assert (args.seconds, args.checkpoint_every) == (10, 500)
     assert set(args.augment) == {"jitter", "time_mask", "mixup"} and args.consistency == 2 and args.loss == "bce"
     assert finetune.parse(["--data", "magnatagatune"]).batch_size == 64
     for data, updates, seconds in (("synth", 1000, 5), ("esc10", 400, 3)):      # with which the README was measured
@@ -2504,7 +2505,7 @@ class Evil:
     ("finetune.py", "--data folder --root empty", "no recordings"),
     ("finetune.py", "--data folder --root junk", "none of the 2 recordings can be read: a/1.wav: not readable"),
     ("finetune.py", "--data csv --root misspelt", "split"),
-    ("finetune.py", "--data csv --root one-class", "of one class"),
+    ("finetune.py", "--data csv --root single", "of one class"),
     ("finetune.py", "--data csv --root one-trained", "of one class"),
     ("finetune.py", "--data csv --root no-test", "2 clips to train on and 0 to test on"),
     ("finetune.py", "--data csv --root no-training", "0 clips to train on and 2 to test on"),
@@ -2526,7 +2527,7 @@ def test_bad_input_gets_one_line_and_exit_code_2(tmp_path, monkeypatch, call, sc
     torch.save(dict(model=Evil()), tmp_path / "evil.pt")
     torch.save(dict(model={}, settings={}, script="finetune.py", log_mels=LOG_MELS), tmp_path / "other.pt")
     for name, *rows in (("good", "1.wav,a;b,train", "2.wav,b,test"), ("misspelt", "1.wav,a,train", "2.wav,b,tset"),
-                        ("one-class", "1.wav,a,train", "2.wav,a,test"), ("one-trained", "1.wav,a,train", "2.wav,b,test"),
+                        ("single", "1.wav,a,train", "2.wav,a,test"), ("one-trained", "1.wav,a,train", "2.wav,b,test"),
                         ("no-test", "1.wav,a,train", "2.wav,b,train"), ("no-training", "1.wav,a,test", "2.wav,b,test"),
                         ("no-label", "1.wav,a;b,train", "2.wav,b,train", "3.wav,,test")):
         write_table(tmp_path, *rows).rename(tmp_path / name)
