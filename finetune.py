@@ -554,7 +554,7 @@ def parse(argv=None):
     add("--data", choices=READERS, default="synth", help="'synth' is made on the fly; 'folder' are your own sounds, a "
         "sub-folder a class; 'csv' your own table with the columns file, labels (separated by ;) and perhaps split "
         "(train, valid, test or the number of a fold) and group (of clips that stay together) (%(default)s)")
-    add("--root", help="where the set lies, in its official layout or packed; for csv the table")
+    add("--root", help="where the set lies, in its official layout or, if it is large, packed; for csv the table")
     add("--fold", help="of sets with folds, the one to test on, or 'all', one after the other (1)")
     add("--fraction", type=in_range(float, 1e-6, 1), default=1.0, help="of the training clips, by class (%(default)s)")
     add("--balance", action=argparse.BooleanOptionalAction, help="draw classes equally often (Sec. 4.1; audioset: on)")
