@@ -292,7 +292,7 @@ def tells_length(path):
     content = Path(path).read_bytes()
     tag = 10 + (content[6] << 21 | content[7] << 14 | content[8] << 7 | content[9]) if content[:3] == b"ID3" else 0
     start = content[tag:tag + 4096]
-    return b"Xing" in start or b"Info" in start or b"VBRI" in start
+    return bool(re.search(rb"(Xing|Info)\0\0\0[\1\3\5\7\x09\x0b\x0d\x0f](?!\0{4})|VBRI", start))     # flag 1: a number
 
 
 class Endless(io.FileIO):
@@ -518,7 +518,7 @@ def read_table(path, columns, delimiter=",", optional=()):
         for row in reader:
             if None in row or None in row.values():
                 raise InputError(f"{path}: line {reader.line_num} has too {'many' if None in row else 'few'} columns")
-            if any(row.values()):           # spreadsheets leave rows of commas
+            if any(value.strip() for value in row.values()):        # spreadsheets leave rows of commas
                 rows.append(row)
     return rows
 
@@ -623,6 +623,7 @@ def folder(root):
     files = [path.relative_to(root) for path in audio_files(root)]
     clips = [Clip(str(path), (path.parts[0],), path=Path(root, path)) for path in files if len(path.parts) > 1]
     classes = {clip.labels[0] for clip in clips}
+    say_some("not used, as in no sub-folder", [path.name for path in files if len(path.parts) == 1], ", ")
     if not clips:
         raise InputError(f"{root}: no sub-folders with recordings, one a class, in it")
     splits = {"train", "training", "valid", "validation", "val", "test", "testing", "eval", "dev", "fold1", "fold2"}
@@ -646,7 +647,7 @@ def own_table(root):
         if row["labels"].strip().startswith("["):
             raise InputError(f"{root}: {row['labels']} looks like a printed list: separate labels by ;, as in dog;rain")
         labels = [label.strip() for label in row["labels"].split(";") if label.strip()]
-        split = row.get("split", "").strip().lower()
+        split = re.sub(r"^0+(?=\d)", "", row.get("split", "").strip().lower())         # fold 01 is fold 1
         clip = Clip(name, (), split, row.get("group", "").strip(), path if path.is_file() else None)
         other = clips.setdefault(path, clip)
         if (other.split, other.group) != (clip.split, clip.group):
@@ -776,7 +777,7 @@ def load_labelled(data, root=None, workers=None):
     counts = zip(result.classes, result.clips_by_class(), strict=True)
     say_some(f"{len(result.classes)} classes", [f"{name} {len(own)}" for name, own in counts], ", ")
     say_some("skipped", skipped)
-    say_some("not as long as their headers say", [f"{clip.name}: {clip.note}" for clip in clips if clip.note])
+    say_some("not as long as header or file say", [f"{clip.name}: {clip.note}" for clip in clips if clip.note])
     return result
 
 
@@ -1093,12 +1094,13 @@ def run_script(main):
         return main()
     except (InputError, OSError) as error:
         message = str(error)
-    except (MemoryError, torch.OutOfMemoryError):
-        message = "out of memory: give a smaller --micro-batch or --size, or shorter recordings"
-    except RuntimeError as error:
-        if not re.search("[Nn]o working C.. compiler|working triton", str(error)):
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
+            message = "out of memory: give a smaller --micro-batch or --size, or shorter recordings"
+        elif re.search("[Nn]o working C.. compiler|working triton", str(error)):
+            message = "--compile found no C++ compiler, or no Triton for the GPU: install it, or leave --compile out"
+        else:
             raise
-        message = "--compile found no C++ compiler, or no Triton for the GPU: install it, or leave --compile out"
     except KeyboardInterrupt:
         tqdm.write("interrupted", sys.stderr)
         sys.stderr.flush()
@@ -1166,7 +1168,7 @@ def pack_folder(args):
     hours = sum(clip.samples for clip in packed) / SAMPLE_RATE / 3600
     print(f"{len(packed)} recordings, {hours:.2f} hours, in {args.out}")
     say_some(f"{len(header['skipped'])} skipped", header["skipped"], "\n  ")
-    say_some("not as long as their headers say", [f"{clip.name}: {clip.note}" for clip in packed if clip.note], "\n  ")
+    say_some("not as long as header or file say", [f"{clip.name}: {clip.note}" for clip in packed if clip.note], "\n  ")
 
 
 def write_synth(out, clips):

@@ -208,7 +208,7 @@ def run(args, data, fold, init, device, out):
     """One run, or the rest of it: train a model on all folds but `fold`, and test it on that. Returns its score."""
     training, test = split(data, fold, args)
     measure(data.metric, torch.zeros(len(test), len(data.classes)), test)       # finds out early if it has no answer
-    digest = data.digest()
+    digest = f"{data.digest()} {init and [init.get(key) for key in ('update', 'args', 'data')]}"     # and of --init
     checkpoint = resume(args, out, "finetune.py", digest)
     if checkpoint and (out / "result.json").exists():
         score = json.loads((out / "result.json").read_text())["score"]
@@ -264,8 +264,8 @@ def split(data, fold, args):
     if args.fraction < 1:
         training = training.fraction(args.fraction, args.seed)
     untrained = training.missing_classes()
-    if data.metric == "accuracy" and len(data.classes) - len(untrained) < 2:
-        raise InputError(f"{args.data}: training clips are all of one class; is --root the folder above the classes?")
+    if len(data.classes) - len(untrained) < (2 if data.metric == "accuracy" else 1):
+        raise InputError(f"{args.data}: training clips are all of one class, or of none; is --root right?")
     say_some("never trained on", untrained, ", ")
     say_some("never tested", test.missing_classes(), ", ")
     training.seconds = args.seconds
@@ -394,10 +394,8 @@ def compute_logits(model, frontend, data, args, batch_seconds=320):
 
 def run_inference(args):
     """--predict and --embed. Raises InputError at the end for recordings that can't be read."""
-    if args.embed:
-        if not args.out or Path(args.out).exists():
-            raise InputError("--embed needs --out, the .npy file to write, which must not be there yet")
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    if args.embed and (not args.out or Path(args.out).exists()):
+        raise InputError("--embed needs --out, the .npy file to write, which must not be there yet")
     model, frontend, classes = load_run(args.init, find_device(args.device))
     if args.predict and not classes:
         raise InputError(f"{args.init}: is pre-trained only and knows no classes: fine-tune it first")
@@ -413,8 +411,9 @@ def run_inference(args):
                     print(f"{onset:8.2f} to {offset:7.2f} s  {name}")
         except InputError as error:
             errors.append(str(error))
-            embeddings.append(np.full(2 * getattr(model, "encoder", model).settings["dim"], np.nan))
-    if args.embed:
+            embeddings.append(np.full(2 * getattr(model, "encoder", model).settings["dim"], np.nan, np.float32))
+    if len(errors) < len(embeddings):           # of --embed, where any can be read
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         with open(args.out, "wb") as file:
             np.save(file, np.stack(embeddings))
         print(f"{args.out}: a row for each of {len(embeddings)} sounds, NaN where it can't be read")

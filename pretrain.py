@@ -189,7 +189,7 @@ class Log:
         self.last_update, self.last_time = done, time.perf_counter()
         self.warned = False
         if rank() == 0:
-            lines = self.path.read_text().splitlines(True) if done and self.path.exists() else []
+            lines = self.path.read_text(errors="replace").splitlines(True) if done and self.path.exists() else []
             whole = [line for line in lines if line.startswith("{") and line.endswith("}\n")]
             kept = [line for line in whole if json.loads(line)["update"] <= done]
             write_whole(self.path, "".join(kept).encode())
@@ -267,9 +267,9 @@ def parse(argv=None):
 
 # -------------------------------------------- running: options, processes, checkpoints (finetune.py uses them too)
 
-# Options that may differ when a run is resumed. (The data are compared by their digest instead.)
-MAY_CHANGE = {"resume", "out", "data", "root", "device", "workers", "micro_batch", "checkpoint_every", "log_every",
-              "compile"}
+# Options that may differ when a run is resumed. (Data and --init are compared by a digest instead.)
+MAY_CHANGE = {"resume", "out", "init", "data", "root", "device", "workers", "micro_batch", "checkpoint_every",
+              "log_every", "compile"}
 
 
 def add_running_options(parser):
@@ -298,12 +298,12 @@ def resume(args, out, script, data):
             raise InputError(f"{out}: not all processes find the same checkpoint there, or the same data: machines "
                              "must share --out, and have the same recordings")
     if checkpoint:
+        if checkpoint["data"] != data:
+            raise InputError(f"{out} began with another --init, other recordings, labels or splits, or another order")
         for name, before in checkpoint["args"].items():
             if name not in MAY_CHANGE and getattr(args, name, before) != before:
                 option = f"--{name.replace('_', '-')} was {before}, not {getattr(args, name)}"
                 raise InputError(f"{out} was started otherwise ({option}): do as then, or name another --out")
-        if checkpoint["data"] != data:
-            raise InputError(f"{out} was started with other recordings, labels or splits, or in another order")
     out.mkdir(parents=True, exist_ok=True)          # now that all have looked
     return checkpoint
 

@@ -1027,6 +1027,7 @@ REAL_FILES = {
     "mp3": ("mp3", {}, bytes, 5, ""),
     "mp3 of constant rate without Xing": ("mp3", CONSTANT, without_first_frame, 5, ""),
     "mp3 of variable rate without Xing": ("mp3", VARIABLE, without_first_frame, 5, ""),
+    "mp3 whose Xing frame tells no length": ("mp3", VARIABLE, lambda b: with_bytes(b, b"Xing", bytes(4)), 5, ""),
     "mp3 with a picture": ("mp3", VARIABLE, lambda b: b"ID3\3\0\0\0\6\5\3" + bytes((6 * 128 + 5) * 128 + 3)
                            + without_first_frame(b), 5, ""),
     "mp3 with the word Info in its tag": ("mp3", CONSTANT, lambda b: b"ID3\3\0\0\0\0\0\x0bInformation"
@@ -1497,7 +1498,7 @@ def test_own_sets_get_cross_entropy_where_a_clip_has_one_label(tmp_path, name, r
     MINIATURES[name](tmp_path / "data")
     options = ["finetune.py", "--data", name, "--root", tmp_path / root, "--head", head, "--updates", 1, "--batch-size",
                4, "--out", tmp_path / "run", "--resume"]
-    call(*options)
+    assert ("in no sub-folder: in no class.wav" in call(*options)) == (name == "folder")
     assert result(tmp_path / "run")["args"]["loss"] == loss
     assert "as it was" in call(*options)
     (tmp_path / "run" / "checkpoint.pt").unlink()               # then nothing tells of what data the score is
@@ -1674,8 +1675,10 @@ def test_tables_may_be_written_in_other_ways(tmp_path, capsys):
     """Columns that are not used are named."""
     rows = ["1.wav,a,Train,me", "2.wav,b,valid,", "3.wav,a,TEST,you"]
     table = write_table(tmp_path, *rows, columns="file,labels,split,recordist")
-    table.write_text(table.read_text() + ",,,\n")               # as spreadsheets end
+    table.write_text(table.read_text() + ",,,\n , ,,\n")         # as spreadsheets end
     assert datasets.load_labelled("csv", table).splits.tolist() == ["train", "valid", "test"]
+    table = write_table(tmp_path, "1.wav,a,01", "2.wav,b,1", "3.wav,a,0")
+    assert datasets.load_labelled("csv", table).splits.tolist() == ["1", "1", "0"]
     assert "not used: recordist\n" in capsys.readouterr().out
 
 
@@ -1985,8 +1988,8 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(pretrained, esc50, tmp_pa
             else:
                 assert "No space left on device" in call(*options, "--out", tmp_path / "run", code=2)
     if script == "pretrain.py":
-        with open(tmp_path / "run" / "log.jsonl", "a") as log:
-            log.write('\0}\n{"update": 2')                      # the last lines may be damaged, or incomplete
+        with open(tmp_path / "run" / "log.jsonl", "a", errors="surrogateescape") as log:
+            log.write('\udcff}\n{"update": 2')                  # the last lines may be damaged, or incomplete
     call(*options, "--out", tmp_path / "run", "--resume")
     folders = {path.parent.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.pt")}
     assert len(folders) == (1 if script == "pretrain.py" else 5)
@@ -2027,6 +2030,15 @@ def test_a_run_is_not_overwritten_nor_changed(pretrained, finetuned, tmp_path, c
     table.write_text(whole.replace("1-100-A-0.wav,1", "1-100-A-0.wav,2"))
     assert "other recordings, labels or splits" in call("finetune.py", *options, "--updates", 20, code=2)
     table.write_text(whole)
+
+
+def test_a_fine_tuning_goes_on_from_the_pretraining_it_began_with(pretrained, undropped, esc50, tmp_path, call):
+    """Wherever that lies now, however it is written."""
+    shutil.copytree(pretrained[1], tmp_path / "moved")
+    options = ["finetune.py", *esc50, "--updates", 1, "--out", tmp_path / "run", "--resume", "--init"]
+    call(*options, pretrained[1])
+    assert "as it was" in call(*options, f"{tmp_path / 'moved'}/")
+    assert "another --init" in call(*options, undropped, code=2)
 
 
 def test_packs_and_checkpoints_of_another_frontend_are_refused(pretrained, tmp_path, monkeypatch, call):
@@ -2421,7 +2433,7 @@ def test_a_cut_recording_is_used_and_said_and_a_bad_one_does_not_cost_it(finetun
                    "--out", tmp_path / "e.npy", code=2)
     assert "cut.wav: ends after 3.2 of 5.0 s\n" in message and "bad.wav: not readable" in message
     rows = np.load(tmp_path / "e.npy")
-    assert rows.shape == (2, 32) and np.isnan(rows[0]).all() and np.isfinite(rows[1]).all()
+    assert rows.shape == (2, 32) and np.isnan(rows[0]).all() and np.isfinite(rows[1]).all() and rows.dtype == np.float32
 
 
 # ------------------------------------------------------------------------- README and bad input
@@ -2506,6 +2518,7 @@ class Evil:
     ("finetune.py", "--data folder --root junk", "none of the 2 recordings can be read: a/1.wav: not readable"),
     ("finetune.py", "--data csv --root misspelt", "split"),
     ("finetune.py", "--data csv --root single", "of one class"),
+    ("finetune.py", "--data csv --root unlabelled", "of one class, or of none"),
     ("finetune.py", "--data csv --root one-trained", "of one class"),
     ("finetune.py", "--data csv --root no-test", "2 clips to train on and 0 to test on"),
     ("finetune.py", "--data csv --root no-training", "0 clips to train on and 2 to test on"),
@@ -2527,6 +2540,7 @@ def test_bad_input_gets_one_line_and_exit_code_2(tmp_path, monkeypatch, call, sc
     torch.save(dict(model=Evil()), tmp_path / "evil.pt")
     torch.save(dict(model={}, settings={}, script="finetune.py", log_mels=LOG_MELS), tmp_path / "other.pt")
     for name, *rows in (("good", "1.wav,a;b,train", "2.wav,b,test"), ("misspelt", "1.wav,a,train", "2.wav,b,tset"),
+                        ("unlabelled", "1.wav,,train", "2.wav,a;b,test"),
                         ("single", "1.wav,a,train", "2.wav,a,test"), ("one-trained", "1.wav,a,train", "2.wav,b,test"),
                         ("no-test", "1.wav,a,train", "2.wav,b,train"), ("no-training", "1.wav,a,test", "2.wav,b,test"),
                         ("no-label", "1.wav,a;b,train", "2.wav,b,train", "3.wav,,test")):
@@ -2565,6 +2579,7 @@ def test_interrupting_ends_in_a_line_whatever_threads_do(monkeypatch, capfd):
 
 @pytest.mark.parametrize("error, message", [
     (MemoryError(), "out of memory: give a smaller"), (torch.OutOfMemoryError(), "out of memory: give a smaller"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "out of memory: give a smaller"),
     (RuntimeError("InvalidCxxCompiler: No working C++ compiler found in ...\nand more"), "found no C++ compiler"),
     (RuntimeError("Cannot find a working triton installation\n"), "no Triton for the GPU")])
 def test_what_is_missing_is_said_in_a_line(monkeypatch, call, error, message):
