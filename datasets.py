@@ -282,16 +282,16 @@ def open_audio(path):
 
 def has_end_mark(path):
     """Whether an Ogg file's last page is whole and marked as the last. (27 bytes and sizes come first: RFC 3533.)"""
-    content = Path(path).read_bytes()
-    page = content[content.rfind(b"OggS"):]
+    tail = np.fromfile(path, np.uint8, offset=max(os.path.getsize(path) - 2**17, 0)).tobytes()
+    page = tail[tail.rfind(b"OggS"):]
     return len(page) > 26 and page[5] & 4 and len(page) >= 27 + page[26] + sum(page[27:27 + page[26]])
 
 
 def tells_length(path):
     """Whether an MP3, perhaps with a tag before it or in a WAV, begins with a frame that tells how many follow."""
-    content = Path(path).read_bytes()
-    tag = 10 + (content[6] << 21 | content[7] << 14 | content[8] << 7 | content[9]) if content[:3] == b"ID3" else 0
-    start = content[tag:tag + 4096]
+    head = np.fromfile(path, np.uint8, count=10).tobytes()
+    tag = 10 + (head[6] << 21 | head[7] << 14 | head[8] << 7 | head[9]) if head[:3] == b"ID3" else 0
+    start = np.fromfile(path, np.uint8, count=4096, offset=tag).tobytes()
     return bool(re.search(rb"(Xing|Info)\0\0\0[\1\3\5\7\x09\x0b\x0d\x0f](?!\0{4})|VBRI", start))     # flag 1: a number
 
 

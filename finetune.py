@@ -208,7 +208,7 @@ def run(args, data, fold, init, device, out):
     """One run, or the rest of it: train a model on all folds but `fold`, and test it on that. Returns its score."""
     training, test = split(data, fold, args)
     measure(data.metric, torch.zeros(len(test), len(data.classes)), test)       # finds out early if it has no answer
-    digest = f"{data.digest()} {init and [init.get(key) for key in ('update', 'args', 'data')]}"     # and of --init
+    digest = f"{data.digest()} {init and [init[key] for key in ('update', 'args', 'data')]}"     # and of --init
     checkpoint = resume(args, out, "finetune.py", digest)
     if checkpoint and (out / "result.json").exists():
         score = json.loads((out / "result.json").read_text())["score"]
@@ -412,7 +412,7 @@ def run_inference(args):
         except InputError as error:
             errors.append(str(error))
             embeddings.append(np.full(2 * getattr(model, "encoder", model).settings["dim"], np.nan, np.float32))
-    if len(errors) < len(embeddings):           # of --embed, where any can be read
+    if args.embed and len(errors) < len(embeddings):
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         with open(args.out, "wb") as file:
             np.save(file, np.stack(embeddings))
